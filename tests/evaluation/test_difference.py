@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from beside.cases import section
 from conftest import make_tiny_folder, write_rows
 from helpers import settings, train_all
+from helpers_stages import section
 
 from chainlora import diff, extend, open_run
 from chainlora.chain.link import stack_links

@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from beside.test_adding import rows_of, save_lora
 from conftest import make_tiny_folder, write_rows
 from helpers import settings
-from helpers_data import pair_files
+from helpers_data import pair_files, rows_of
+from helpers_export import save_lora
 
 from chainlora import evaluate_task, export_adapter, export_merged, train
 from chainlora.errors import ConfigError

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from beside.test_rules import at, die
 from conftest import make_tiny_folder, write_rows
 from faults.lives import live
 from helpers import Stop, assert_same_links, flip_last_bit, settings, stage_dir, stopping
-from stages.cases import files_of, flipped, logits
+from helpers_stages import at, die, files_of, flipped, logits
 
 from chainlora import evaluate_task, export_adapter, load_run, train
 from chainlora.cli.main import run as cli

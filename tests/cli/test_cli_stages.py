@@ -40,15 +40,15 @@ def test_every_verb_takes_every_state_or_refuses_it_in_a_line(two, tmp_path, cap
         assert status != 1 or "a stage must be one of facts" in said.splitlines()[-1]
 
 
-def test_the_command_line_goes_from_two_data_sets_to_one_adapter(config, tmp_path, chainlora):
+def test_the_command_line_goes_from_two_data_sets_to_one_adapter(staged, tmp_path, chainlora):
     def said(*words: object) -> str:
         done = chainlora(*words)
         assert done.status == 0, done.err
         return done.out
 
-    stages, run = config.pop("stages"), tmp_path / "run"
+    stages, run = staged.pop("stages"), tmp_path / "run"
     file, style = tmp_path / "mine.yaml", tmp_path / "style.yaml"
-    file.write_text(json.dumps(config | {"stages": stages[:1]}))
+    file.write_text(json.dumps(staged | {"stages": stages[:1]}))
     style.write_text(json.dumps(stages[1]))
     assert "facts: would train links of rank 4, 4, 2" in said("train", file, "--dry-run")
     rows = [str(stages[0]["data"]["train"]), str(tmp_path / "more.jsonl")]
@@ -73,10 +73,10 @@ def test_the_command_line_goes_from_two_data_sets_to_one_adapter(config, tmp_pat
     assert chainlora(f"eval {run}@nope").status == 1
 
 
-def test_a_rank_that_no_launcher_has_set_is_none(config, tmp_path, capsys, monkeypatch):
+def test_a_rank_that_no_launcher_has_set_is_none(staged, tmp_path, capsys, monkeypatch):
     """Some shells have a RANK; only beside WORLD_SIZE it says that another process shows things."""
     monkeypatch.setenv("RANK", "1")
-    (tmp_path / "mine.yaml").write_text(json.dumps(config))
+    (tmp_path / "mine.yaml").write_text(json.dumps(staged))
     assert cli(["train", str(tmp_path / "mine.yaml"), "--json"]) == 0
     assert list(json.loads(capsys.readouterr().out)["stages"]) == ["facts", "style"]
     assert open_run(tmp_path / "run").stages == ["facts", "style"]

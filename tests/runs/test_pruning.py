@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import train_all, train_on
 from helpers_data import pair_files
+from helpers_stages import files_of, logits, stage_of, survey
 
 from chainlora import export_adapter
 from chainlora.cli.main import run as cli
@@ -22,7 +23,6 @@ from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import undo
 from chainlora.runs.inspection import inspect_run
 from chainlora.training.stages import prune, train_stages
-from stages.cases import files_of, logits, stage_of, survey
 
 
 def test_a_pruned_stage_is_nowhere_and_later_ones_are_what_they_were_without(three, tmp_path):
@@ -79,11 +79,11 @@ def test_pages_of_a_killed_report_go_with_a_pruned_stage(two, tmp_path, capsys):
     assert str(cache_dir() / "rows") in told[-1]
 
 
-def test_what_tensorboard_shows_of_a_stage_goes_with_it(config, tmp_path):
+def test_what_tensorboard_shows_of_a_stage_goes_with_it(staged, tmp_path):
     pytest.importorskip("tensorboard", reason="no tensorboard: pip install tensorboard")
-    for stage in config["stages"]:
+    for stage in staged["stages"]:
         stage["train"] = {"trackers": ["tensorboard"]}
-    train_all(config)
+    train_all(staged)
     run = tmp_path / "run"
     found = {path.relative_to(run).parts[:2] for path in run.rglob("events.out.*")}
     assert found == {("stages", "facts"), ("stages", "style")}
@@ -121,13 +121,13 @@ def test_what_was_done_before_a_stage_was_pruned_is_not_done_again(two, tmp_path
         train_on(run, style)
 
 
-def test_scores_of_pairs_are_scored_again_on_another_reference(config, tmp_path):
+def test_scores_of_pairs_are_scored_again_on_another_reference(staged, tmp_path):
     """Where the stage that preferences began on is pruned, the state `base` has the same digest.
     Without the stage of pairs, the run is whole too."""
-    config["stages"][0] |= {"chain": {"ranks": [4], "steps": [8]}, "train": {"lr": 1e-2}}
-    config["stages"][1] |= {"data": pair_files(tmp_path), "train": {"loss": "dpo", "lr": 1e-2}}
+    staged["stages"][0] |= {"chain": {"ranks": [4], "steps": [8]}, "train": {"lr": 1e-2}}
+    staged["stages"][1] |= {"data": pair_files(tmp_path), "train": {"loss": "dpo", "lr": 1e-2}}
     run, path = tmp_path / "run", tmp_path / "run/matrix.jsonl"
-    train_stages(make_stages(config))  # which scores it
+    train_stages(make_stages(staged))  # which scores it
     other = shutil.copytree(run, tmp_path / "other")
     prune(other, "style")
     assert open_run(other).verify().stages == ["facts"]
@@ -152,11 +152,11 @@ def test_a_fork_is_pruned_of_its_parents_stage(three, tmp_path):
 
 
 def test_a_pruning_from_elsewhere_leaves_the_relative_name_of_the_base(
-    config, tiny_folder, tmp_path, monkeypatch
+    staged, tiny_folder, tmp_path, monkeypatch
 ):
     """So that a run that is moved together with its base still finds it."""
     shutil.copytree(tiny_folder, tmp_path / "base")
-    train_all(config | {"model": "base"})
+    train_all(staged | {"model": "base"})
     monkeypatch.chdir("/")
     prune(tmp_path / "run", "style")
     assert json.loads((tmp_path / "run/history.json").read_text())["base"]["model"] == "base"

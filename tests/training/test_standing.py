@@ -9,8 +9,8 @@ import pytest
 from conftest import make_tiny_folder
 from helpers import Stop, stage_dir, stopping, train_all, train_on
 from helpers_data import pair_files
+from helpers_stages import config_of, section
 
-from beside.cases import config_of, section
 from chainlora import evaluate_task, extend
 from chainlora.cli.main import run as cli
 from chainlora.config.staging import make_stages

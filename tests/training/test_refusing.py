@@ -7,6 +7,7 @@ import json
 import pytest
 from accelerate.utils import LoggerType
 from helpers import Stop, sign, train_all, train_on
+from helpers_stages import files_of, stage_of, stopping_after, survey
 
 from chainlora import train
 from chainlora.cli.main import run as cli
@@ -16,7 +17,6 @@ from chainlora.files import sha256
 from chainlora.runs.changes import undo
 from chainlora.training import refusing
 from chainlora.training.plan import make_plan
-from stages.cases import files_of, stage_of, stopping_after, survey
 
 STYLE = [  # changes of the second stage, each with its error
     ({"name": "facts"}, "the names of stages must be different"),
@@ -37,17 +37,17 @@ WHOLE = [({"stages": stages}, "stage") for stages in ([], {}, "facts", None, [3]
 WHOLE += [({key: 5}, f"`{key}` must be a") for key in ("data", "chain", "train")]
 
 
-def test_what_a_config_of_stages_cannot_say_is_refused_in_a_line(config):
-    facts, style = config["stages"]
+def test_what_a_config_of_stages_cannot_say_is_refused_in_a_line(staged):
+    facts, style = staged["stages"]
     changes = [({"stages": [facts, style | change]}, message) for change, message in STYLE]
     for change, message in [*changes, *WHOLE]:
         with pytest.raises(ConfigError, match=message) as raised:
-            train(config | change)
+            train(staged | change)
         assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("wrong", ["row", "length", "context", "held out"])
-def test_rows_of_a_later_stage_are_refused_before_the_first_is_trained(config, tmp_path, wrong):
+def test_rows_of_a_later_stage_are_refused_before_the_first_is_trained(staged, tmp_path, wrong):
     rows = [{"prompt": f"the {n}", "completion": " cat"} for n in range(6)]
     rows += [{"prompt": "the", "completion": 4}] if wrong == "row" else []
     path = tmp_path / "rows.jsonl"
@@ -57,7 +57,7 @@ def test_rows_of_a_later_stage_are_refused_before_the_first_is_trained(config, t
         style["chain"] = {"ranks": [2, 2], "epochs": [0.1, 0.1]}
     more = {"context": {"max_length": 3}, "held out": {"validation": 0.001}}
     style["data"] |= more.get(wrong, {})
-    both = config | {"stages": [config["stages"][0], style]}
+    both = staged | {"stages": [staged["stages"][0], style]}
     for check in (lambda tree: make_plan(make_stages(tree)), train):
         with pytest.raises(ChainLoRAError, match="stage 'style': "):
             check(both)
@@ -80,27 +80,27 @@ def test_run_wide_keys_of_an_extension_and_stages_that_are_not_there_are_refused
     assert files_of(run) == before
 
 
-def test_a_stage_that_cannot_be_trained_is_refused_before_the_stages_before_it(config, tmp_path):
-    config["stages"][1]["data"] |= {"train": str(tmp_path / "none.jsonl")}
+def test_a_stage_that_cannot_be_trained_is_refused_before_the_stages_before_it(staged, tmp_path):
+    staged["stages"][1]["data"] |= {"train": str(tmp_path / "none.jsonl")}
     with pytest.raises(ChainLoRAError, match=r"stage 'style': .*none.jsonl"):
-        train_all(config)
+        train_all(staged)
     assert not (tmp_path / "run").exists()
-    style, data = config["stages"][1], config["stages"][0]["data"]
+    style, data = staged["stages"][1], staged["stages"][0]["data"]
     for change, message in (
         ({"chain": style["chain"] | {"target_modules": ["q_pro"]}}, "got .'q_pro'.*; candidates"),
         ({"data": data | {"max_length": 10_000}}, "must fit the model's context"),
         ({"train": {"optimizer": "adamm"}}, "`train.optimizer` must name a class"),
         ({"chain": style["chain"] | {"knots": {"policy": "space", "every": 1}}}, "policy` must be"),
     ):
-        tree = config | {"stages": [config["stages"][0], style | {"data": data} | change]}
+        tree = staged | {"stages": [staged["stages"][0], style | {"data": data} | change]}
         with pytest.raises(ChainLoRAError, match=f"stage 'style': .*{message}"):
             train_all(tree)
     assert not (tmp_path / "run").exists()
     (tmp_path / "none.jsonl").write_text('{"text": "no pair"}\n')
-    config["stages"][1]["data"] = {"train": str(tmp_path / "none.jsonl")}
-    config["stages"][1]["train"] = {"loss": "dpo", "lr": 1e-3}
+    staged["stages"][1]["data"] = {"train": str(tmp_path / "none.jsonl")}
+    staged["stages"][1]["train"] = {"loss": "dpo", "lr": 1e-3}
     with pytest.raises(ChainLoRAError, match=r"stage 'style': .*chosen"):
-        train_all(config)
+        train_all(staged)
     assert not (tmp_path / "run").exists()
 
 
@@ -176,23 +176,23 @@ def test_a_received_run_changes_nothing_outside_itself(two, tmp_path, chainlora,
     assert before == (sha256(outside) if outside.is_file() else sorted(outside.rglob("*")))
 
 
-def test_records_that_are_a_link_are_not_appended_to(config, tmp_path):
-    config["train"]["save_every"] = 1
+def test_records_that_are_a_link_are_not_appended_to(staged, tmp_path):
+    staged["train"]["save_every"] = 1
     with pytest.raises(Stop):
-        train_all(config, listener=stopping_after(8))
+        train_all(staged, listener=stopping_after(8))
     path, outside = tmp_path / "run/stages/style/metrics.jsonl", tmp_path / "outside"
     before = b"".join(path.read_bytes().splitlines(keepends=True)[:-1])  # as of the checkpoint
     outside.write_bytes(before)
     path.unlink()
     path.symlink_to(outside)
     with pytest.raises(RunError, match=r"must hold no symbolic links .*metrics\.jsonl"):
-        train_all(config)
+        train_all(staged)
     assert outside.read_bytes() == before
 
 
-def test_an_installed_tracker_is_accepted(config, tmp_path, monkeypatch):
+def test_an_installed_tracker_is_accepted(staged, tmp_path, monkeypatch):
     """Accelerate lists members of an enum, which equal no name."""
-    stages = make_stages(config | {"train": config["train"] | {"trackers": ["tensorboard"]}})
+    stages = make_stages(staged | {"train": staged["train"] | {"trackers": ["tensorboard"]}})
     monkeypatch.setattr(refusing, "get_available_trackers", lambda: [LoggerType.TENSORBOARD])
     assert len(make_plan(stages).due) == 2
     monkeypatch.setattr(refusing, "get_available_trackers", list)

@@ -12,15 +12,17 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import WORDS, make_tiny_folder, write_rows
+from conftest import make_tiny_folder
 from faults.injection import Injection
 from faults.lives import live
 from helpers import edit_json, stage_dir
+from helpers_data import rows_of
+from helpers_export import save_lora
+from helpers_stages import unbuilt
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import chainlora as public
-from beside.test_rules import unbuilt
 from chainlora import add, combine, load_run, open_run, stage_matrix, undo
 from chainlora.errors import ChainLoRAError
 from chainlora.files import checksums
@@ -31,28 +33,6 @@ from chainlora.training import building
 from chainlora.training.stages import build_run, prune
 
 SHORT = {"ranks": [2], "steps": [2]}
-
-
-def rows_of(path: Path, first: int, count: int = 12) -> str:
-    """Write rows that ask the same with other words."""
-    words = WORDS[first : first + count]
-    write_rows(path, [{"prompt": f"say {w}:", "completion": f" {w}"} for w in words])
-    return str(path)
-
-
-def save_lora(folder: Path, base: Path, seed: int = 0, **keys: Any) -> str:
-    """Save a LoRA of plain PEFT, with drawn weights, and the tokenizer, as trainers do."""
-    keys = {"target_modules": ["q_proj", "down_proj"], "r": 4, "lora_alpha": 6} | keys
-    model = AutoModelForCausalLM.from_pretrained(base)
-    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **keys))
-    draw = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=draw))
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 from helpers import train_all, train_on
+from helpers_stages import config_of, killed, section, train_beside
 
-from beside.cases import add, config_of, section
-from beside.test_rules import killed
 from chainlora.errors import RunError
 from chainlora.evaluation.combination import combine
 from chainlora.files import checksums
@@ -31,7 +30,7 @@ def with_general(tiny_folder, sentiment, tmp_path) -> Path:
 def test_it_is_the_combination_of_the_rest_by_the_same_recipe(ac, sentiment, chainlora):
     """Not an earlier one of the same parts by another recipe."""
     before = combine(ac, ["a", "c"], rank=4, importance={"c": 3}).key
-    add(sentiment, ac, "b")
+    train_beside(sentiment, ac, "b")
     assert open_run(ac).entry.recipe.rank == 4
     said = chainlora("prune", ac, "b", "--yes")
     assert open_run(ac).key == before
@@ -41,7 +40,7 @@ def test_it_is_the_combination_of_the_rest_by_the_same_recipe(ac, sentiment, cha
 
 def test_a_stage_on_top_leaves_the_recipe_below_it(ac, sentiment):
     before = combine(ac, ["a", "c"], rank=4).key
-    add(sentiment, ac, "b")
+    train_beside(sentiment, ac, "b")
     train_on(ac, section(sentiment, "d"))
     prune(ac, "b")
     assert open_run(ac).key == before
@@ -50,14 +49,14 @@ def test_a_stage_on_top_leaves_the_recipe_below_it(ac, sentiment):
 def test_a_state_that_was_undone_does_not_come_back(with_general, sentiment):
     combine(with_general)
     undo(with_general)
-    add(sentiment, with_general, "b")
+    train_beside(sentiment, with_general, "b")
     undo(with_general)
     prune(with_general, "b")
     assert open_run(with_general).key == "a"
 
 
 def test_stages_are_pruned_one_after_the_other(abc, ac, sentiment):
-    add(sentiment, abc, "d")
+    train_beside(sentiment, abc, "d")
     prune(abc, "d")
     prune(abc, "b")
     assert open_run(abc).state == open_run(ac).state
@@ -113,7 +112,7 @@ def test_what_cannot_be_combined_again_is_not_pruned(abc, tmp_path, chainlora):
 @pytest.mark.parametrize("name", ["a", "b"])
 def test_no_entry_names_a_pruned_stage_as_its_unit(name, with_general, sentiment):
     """The rows of the origin have the unit of the first stage."""
-    add(sentiment, with_general, "b")
+    train_beside(sentiment, with_general, "b")
     prune(with_general, name)
     assert f'"{name}"' not in (with_general / "history.json").read_text()
 

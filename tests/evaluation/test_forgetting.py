@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 from conftest import write_rows
+from helpers_data import rows_of
+from helpers_export import save_lora
+from helpers_stages import section
 
-from beside.cases import section
-from beside.test_adding import rows_of, save_lora
 from chainlora import add, extend, open_run, redo, stage_matrix, train
 from chainlora.errors import ConfigError, ForgettingError, RunError
 from chainlora.evaluation.forgetting import loss_of
