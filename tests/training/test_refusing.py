@@ -6,111 +6,155 @@ import json
 
 import pytest
 from accelerate.utils import LoggerType
+from conftest import write_rows
 from helpers import Stop, sign, train_all, train_on
+from helpers_data import pair_files
 from helpers_stages import files_of, stage_of, stopping_after, survey
 
 from chainlora import train
-from chainlora.cli.main import run as cli
 from chainlora.config.staging import make_stages
 from chainlora.errors import ChainLoRAError, ConfigError, RunError
 from chainlora.files import sha256
 from chainlora.runs.changes import undo
 from chainlora.training import refusing
 from chainlora.training.plan import make_plan
+from chainlora.training.stages import extension, prune
 
-STYLE = [  # changes of the second stage, each with its error
-    ({"name": "facts"}, "the names of stages must be different"),
-    ({"name": "x²"}, "must have a `name`"),
-    ({"name": "base"}, "not base, start, now or combined"),
-    ({"model": "m"}, "can set only its name, data, chain and train .*`model`"),
-    ({"besides": False}, "unknown key `besides`; did you mean 'beside'"),
-    ({"data": {"chat_template": "chatml"}}, "`data.chat_template` must be the same"),
-    ({"chain": {"hold": "carried"}}, "`chain.hold` must be the same"),
-    ({"train": {"seed": 3}}, "`train.seed` must be the same"),
-    ({"train": {"lrr": 3}}, "stage 'style': unknown key `train.lrr`"),
+CHAIN = {"ranks": [2], "steps": [1]}
+GOOD = {"data": {"train": "good.jsonl"}, "chain": CHAIN}
+PAIRS = {"data": {"train": "pairs.jsonl"}, "train": {"loss": "dpo", "lr": 1e-3}}
+BESIDE = {"beside": True}
+# Changes of a config of two stages, and what must be said. Keys of `data` are added to its own.
+CONFIGS = [
+    ({"style": {"name": "facts"}}, "the names of stages must be different"),
+    ({"style": {"name": "x²"}}, "must have a `name`"),
+    ({"style": {"name": "base"}}, "not base, start, now or combined"),
+    ({"style": {"model": "m"}}, "can set only its name, data, chain and train", "`model`"),
+    ({"style": {"besides": False}}, "unknown key `besides`", "'beside'"),
+    ({"style": {"data": {"chat_template": "chatml"}}}, "`data.chat_template` must be the same"),
+    ({"style": {"chain": {"hold": "carried"}}}, "`chain.hold` must be the same"),
+    ({"style": {"train": {"seed": 3}}}, "`train.seed` must be the same"),
+    ({"style": {"train": {"lrr": 3}}}, "stage 'style': unknown key `train.lrr`"),
     (
-        {"data": {"task": "sst2"}, "chain": {"ranks": [2]}},
+        {"style": {"data": {"task": "sst2", "train": None}, "chain": {"ranks": [2]}}},
         "stage 'style': `chain` must set the length",
     ),
+    *(({"stages": stages}, "stage") for stages in ([], {}, "facts", None, [3])),
+    *(({key: 5}, f"`{key}` must be a") for key in ("data", "chain", "train")),
+    ({"style": GOOD | {"data": {"train": "bad.jsonl"}}}, "stage 'style': ", "bad.jsonl"),
+    ({"style": GOOD | {"chain": {"ranks": [2], "epochs": [0.1]}}}, "stage 'style': "),
+    ({"style": GOOD | {"data": {"train": "good.jsonl", "max_length": 3}}}, "stage 'style': "),
+    ({"style": GOOD | {"data": {"train": "good.jsonl", "validation": 0.001}}}, "stage 'style': "),
+    ({"style": {"data": {"train": "none.jsonl"}}}, "stage 'style': ", "none.jsonl"),
+    ({"style": {"chain": CHAIN | {"target_modules": ["q_pro"]}}}, "'q_pro'", "candidates"),
+    ({"style": {"data": {"max_length": 10_000}}}, "stage 'style': ", "fit the model's context"),
+    ({"style": {"train": {"optimizer": "adamm"}}}, "`train.optimizer` must name a class"),
+    ({"style": {"chain": CHAIN | {"knots": {"policy": "space", "every": 1}}}}, "policy` must be"),
+    ({"style": PAIRS | {"data": {"train": "good.jsonl"}}}, "stage 'style': ", "chosen"),
+    ({"facts": {"data": {"replay": 0.1}}}, "stage 'facts' ", "no earlier stage"),
+    ({"facts": {"data": {"replay": 0.1}}, "style": None}, "0.1 in a run without earlier stages"),
+    ({"style": PAIRS | {"data": {"train": "pairs.jsonl", "replay": 0.1}}}, "learned by dpo"),
+    (
+        {"facts": {"data": {"keep_rows": False}}, "style": {"data": {"replay": 0.1}}},
+        "none of facts",
+        "set data.replay: null",
+    ),
+    (
+        {"facts": {"data": {"keep_rows": False}}, "style": {"data": {"new_rows_only": True}}},
+        "none of facts",
+        "set data.new_rows_only: false",
+    ),
+    ({"facts": BESIDE}, "beside: true"),
+    ({"style": {"beside": "yes"}}, "`beside` must be true or false"),
+    ({"style": {"rehearse": True}}, "chainlora combine RUN --steps 60"),
+    ({"style": BESIDE | {"chain": CHAIN | {"lora_bias": True}}}, "chain.lora_bias of style"),
+    ({"facts": {"data": {"keep_rows": False}}, "style": BESIDE}, "keep_rows: false of facts"),
+    ({"style": BESIDE | {"data": {"new_rows_only": True}}}, "none below", "beside the others"),
 ]
-WHOLE = [({"stages": stages}, "stage") for stages in ([], {}, "facts", None, [3])]
-WHOLE += [({key: 5}, f"`{key}` must be a") for key in ("data", "chain", "train")]
+# The same of a stage that is added to a trained run, at an address of it.
+STAGES = [
+    ("", {"model": "m"}, "can set only its name, data, chain and train"),
+    ("", {"train": {"seed": 1}}, "`train.seed` ", "`extend` takes it from the run"),
+    ("", {"name": "facts"}, "stage 'facts': "),
+    ("", {"chain": {"ranks": [4]}}, "stage 'style'"),
+    ("", {"chain": {"ranks": [4], "steps": [1]}}, "it began with", "stage 'style': chain.ranks"),
+    ("@nope", {"name": "law", "output": "x"}, "one of facts, style"),
+    ("@facts", {"name": "z", "output": "run/stages/z"}, "must lie outside other runs"),
+    ("", PAIRS | {"name": "law", "data": {"train": "pairs.jsonl", "replay": 0.1}}, "by dpo"),
+    (
+        "",
+        PAIRS | {"name": "law", "data": {"train": "pairs.jsonl", "replay": 0.1}, "output": "x"},
+        "learned by dpo (got facts: candidates, style: candidates",
+    ),
+]
 
 
-def test_what_a_config_of_stages_cannot_say_is_refused_in_a_line(staged):
-    facts, style = staged["stages"]
-    changes = [({"stages": [facts, style | change]}, message) for change, message in STYLE]
-    for change, message in [*changes, *WHOLE]:
-        with pytest.raises(ConfigError, match=message) as raised:
-            train(staged | change)
-        assert "\n" not in str(raised.value)
+@pytest.fixture
+def rows(tmp_path) -> None:
+    """Files of rows in the current folder."""
+    good = [{"prompt": f"the {n}", "completion": " cat"} for n in range(6)]
+    write_rows(tmp_path / "good.jsonl", good)
+    write_rows(tmp_path / "bad.jsonl", [*good, {"prompt": "the", "completion": 4}])
+    pair_files(tmp_path)
 
 
-@pytest.mark.parametrize("wrong", ["row", "length", "context", "held out"])
-def test_rows_of_a_later_stage_are_refused_before_the_first_is_trained(staged, tmp_path, wrong):
-    rows = [{"prompt": f"the {n}", "completion": " cat"} for n in range(6)]
-    rows += [{"prompt": "the", "completion": 4}] if wrong == "row" else []
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    style = {"name": "style", "data": {"train": str(path)}, "chain": {"ranks": [2], "steps": [1]}}
-    if wrong == "length":
-        style["chain"] = {"ranks": [2, 2], "epochs": [0.1, 0.1]}
-    more = {"context": {"max_length": 3}, "held out": {"validation": 0.001}}
-    style["data"] |= more.get(wrong, {})
-    both = staged | {"stages": [staged["stages"][0], style]}
-    for check in (lambda tree: make_plan(make_stages(tree)), train):
-        with pytest.raises(ChainLoRAError, match="stage 'style': "):
-            check(both)
+def changed(section: dict, change: dict) -> dict:
+    """A stage with other keys: of its data, one by one, if its rows stay."""
+    data = change.get("data", {})
+    data = data if "train" in data else section["data"] | data
+    return section | change | {"data": data}
+
+
+@pytest.mark.parametrize(("change", "words"), [(each[0], each[1:]) for each in CONFIGS], ids=str)
+def test_what_stages_cannot_be_is_refused_before_the_first_is_trained(
+    change, words, staged, rows, tmp_path
+):
+    stages = {stage["name"]: stage for stage in staged["stages"]}
+    if len(change) == 2 and change["style"] is None:  # no stages at all
+        facts = changed(stages["facts"], change["facts"])
+        tree = {key: value for key, value in staged.items() if key != "stages"} | facts
+        del tree["name"]
+    else:
+        own = [changed(stage, change.get(name, {})) for name, stage in stages.items()]
+        whole = {key: value for key, value in change.items() if key not in stages}
+        tree = staged | {"stages": own} | whole
+    with pytest.raises(ChainLoRAError) as raised:
+        train(tree)
+    said(str(raised.value), words)
     assert not (tmp_path / "run").exists()
 
 
-def test_run_wide_keys_of_an_extension_and_stages_that_are_not_there_are_refused(two, tmp_path):
-    run, style = tmp_path / "run", stage_of(two, "style")
-    before, chain = files_of(run), {"ranks": [4], "steps": [1]}
-    for address, change, message in (
-        (run, {"model": "m"}, "can set only its name, data, chain and train"),
-        (run, {"train": {"seed": 1}}, "`train.seed` .*`extend` takes it from the run"),
-        (run, {"name": "facts"}, "stage 'facts': "),
-        (run, {"chain": {"ranks": [4]}}, "stage 'style'"),
-        (run, {"chain": chain}, r"it began with \(got stage 'style': chain.ranks"),
-        (f"{run}@nope", {"name": "law", "output": str(tmp_path / "x")}, "one of facts, style"),
-    ):
-        with pytest.raises(ChainLoRAError, match=message):
-            train_on(address, style | change)
-    assert files_of(run) == before
+@pytest.mark.parametrize(
+    ("name", "change", "words"), [(*each[:2], each[2:]) for each in STAGES], ids=str
+)
+def test_what_a_new_stage_cannot_be_is_refused(name, change, words, two, rows, tmp_path):
+    before = files_of(tmp_path / "run")
+    with pytest.raises(ChainLoRAError) as raised:
+        train_on(f"{tmp_path / 'run'}{name}", changed(stage_of(two, "style"), change))
+    said(str(raised.value), words)
+    assert files_of(tmp_path / "run") == before
 
 
-def test_a_stage_that_cannot_be_trained_is_refused_before_the_stages_before_it(staged, tmp_path):
-    staged["stages"][1]["data"] |= {"train": str(tmp_path / "none.jsonl")}
-    with pytest.raises(ChainLoRAError, match=r"stage 'style': .*none.jsonl"):
-        train_all(staged)
-    assert not (tmp_path / "run").exists()
-    style, data = staged["stages"][1], staged["stages"][0]["data"]
-    for change, message in (
-        ({"chain": style["chain"] | {"target_modules": ["q_pro"]}}, "got .'q_pro'.*; candidates"),
-        ({"data": data | {"max_length": 10_000}}, "must fit the model's context"),
-        ({"train": {"optimizer": "adamm"}}, "`train.optimizer` must name a class"),
-        ({"chain": style["chain"] | {"knots": {"policy": "space", "every": 1}}}, "policy` must be"),
-    ):
-        tree = staged | {"stages": [staged["stages"][0], style | {"data": data} | change]}
-        with pytest.raises(ChainLoRAError, match=f"stage 'style': .*{message}"):
-            train_all(tree)
-    assert not (tmp_path / "run").exists()
-    (tmp_path / "none.jsonl").write_text('{"text": "no pair"}\n')
-    staged["stages"][1]["data"] = {"train": str(tmp_path / "none.jsonl")}
-    staged["stages"][1]["train"] = {"loss": "dpo", "lr": 1e-3}
-    with pytest.raises(ChainLoRAError, match=r"stage 'style': .*chosen"):
-        train_all(staged)
-    assert not (tmp_path / "run").exists()
+def said(error: str, words: tuple[str, ...]) -> None:
+    assert "\n" not in error
+    for word in words:
+        assert word in error
 
 
-def test_a_fork_inside_a_run_is_refused(two, tmp_path, capsys):
-    """Its parent took it for a stage of its own."""
-    run, before = tmp_path / "run", files_of(tmp_path / "run")
-    keys = ["--name", "z", "--chain.ranks", "2", "--chain.steps", "1", "--data.train", "x"]
-    assert cli(["extend", f"{run}@facts", *keys, "--output", str(run / "stages/z")]) == 1
-    assert f"must lie outside other runs (got {run / 'stages/z'}, " in capsys.readouterr().err
-    assert files_of(run) == before
+def test_rows_that_were_not_kept_are_asked_for_until_their_stage_is_pruned(staged, tmp_path):
+    staged["stages"][0]["data"]["keep_rows"] = False
+    train_all(staged)
+    style = staged["stages"][1]
+    law = style | {"name": "law", "data": style["data"] | {"new_rows_only": True}}
+    with pytest.raises(RunError, match="none of facts"):
+        survey(extension(tmp_path / "run", law))
+    prune(tmp_path / "run", "facts")
+    assert [found.state for found in survey(extension(tmp_path / "run", law))][-1] == "new"
+
+
+def test_answers_are_learned_beside_candidates(two, rows, tmp_path):
+    answers = changed(stage_of(two, "style"), {"data": {"train": "good.jsonl", "replay": 0.1}})
+    assert survey(extension(tmp_path / "run", answers | {"name": "law"}))[-1].state == "new"
 
 
 def test_a_config_goes_on_where_its_stages_are(two, tmp_path, capsys):
