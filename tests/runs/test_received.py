@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import yaml
-from beside.test_adding import rows_of, save_lora
 from conftest import write_rows
 from helpers import entry_of, history_of, settings, sign, signed, stop_after, train_all
+from helpers_data import rows_of
+from helpers_export import save_lora
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 

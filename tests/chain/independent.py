@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from chain.families import Family, products
 from chainlora.chain.combining import RIDGE, Part
 from chainlora.chain.solving import summed_places
-from combining.cases import Family, products
 
 
 @dataclass

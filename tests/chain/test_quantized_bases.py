@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from chain.test_packed import dense, packed_model
 from test_laws import logits
 
+from chain.families import FAMILIES, away, modules_of, parts_of
+from chain.test_packed import dense, packed_model
 from chainlora.chain.solving import combine
 from chainlora.models.loading import load_model
-from combining.cases import FAMILIES, away, modules_of, parts_of
 
 MODULES = modules_of(FAMILIES["llama"])
 # Of the norm: float32 in the layers. What a base gives in bfloat16 has 8 bits: where an input moves

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers import Stop, stop_after, train_all, train_on
+from helpers_stages import files_of, one_stage, stage_of
 
 from chainlora import evaluate_task, train
 from chainlora.cli.main import run as cli
@@ -18,7 +19,6 @@ from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import redo, undo
 from chainlora.runs.inspection import inspect_run
 from chainlora.training.stages import train_stages
-from stages.cases import files_of, one_stage, stage_of
 
 
 def test_undo_and_redo_go_through_what_was_done_and_delete_nothing(two, tmp_path):
@@ -50,10 +50,10 @@ def test_a_stage_that_was_undone_is_named_with_the_entry_that_has_it(three, tmp_
         assert f"does not include stage {name}; {remedy}" in caplog.text
 
 
-def test_the_matrix_is_what_eval_says_and_is_kept(config, tmp_path):
+def test_the_matrix_is_what_eval_says_and_is_kept(staged, tmp_path):
     """Average, transfer and forgetting have tests of their own (test_metrics.py)."""
     run = tmp_path / "run"
-    train_stages(make_stages(config))
+    train_stages(make_stages(staged))
     (run / "matrix.jsonl").unlink()
     (tmp_path / "run@style").mkdir()  # an export named after the state: no state of the run
 
@@ -77,7 +77,7 @@ def test_the_matrix_is_what_eval_says_and_is_kept(config, tmp_path):
     (run / "matrix.jsonl").unlink()
     assert stage_matrix(run).grid == again  # to the bit
     for data in ("train", "validation"):  # the rows are the run's own
-        Path(config["stages"][0]["data"][data]).unlink()
+        Path(staged["stages"][0]["data"][data]).unlink()
     (run / "matrix.jsonl").unlink()
     assert stage_matrix(run).grid == again
     (run / "matrix.jsonl").unlink()
@@ -107,19 +107,19 @@ def test_a_damaged_line_of_a_matrix_is_scored_again(two, tmp_path, capsys, damag
     assert sorted(path.read_bytes().splitlines()) == sorted(lines)
 
 
-def test_a_run_without_links_has_nothing_to_compare(config, tmp_path):
-    config["stages"][0]["chain"] = {"ranks": [], "steps": []}
-    train(make_stages(one_stage(config))[0].config)
+def test_a_run_without_links_has_nothing_to_compare(staged, tmp_path):
+    staged["stages"][0]["chain"] = {"ranks": [], "steps": []}
+    train(make_stages(one_stage(staged))[0].config)
     with pytest.raises(RunError, match=r"got no links in .*; tie a link first"):
         stage_matrix(tmp_path / "run")
 
 
-def test_a_best_point_scores_as_itself(config, tmp_path):
+def test_a_best_point_scores_as_itself(staged, tmp_path):
     """It is a part of a link that was whole when the run was stopped: another state."""
     facts = {"ranks": [4, 4], "steps": [9, 2]}
     keys = {"keep_best": True, "eval_every": 1, "schedule": "constant", "save_every": 1}
-    config["stages"][0] |= {"chain": facts, "train": keys}
-    (stage,) = make_stages(one_stage(config))
+    staged["stages"][0] |= {"chain": facts, "train": keys}
+    (stage,) = make_stages(one_stage(staged))
     stop_after(stage.config, 9)
     whole = stage_matrix(tmp_path / "run").grid[-1][0]
     train(stage.config, resume=True)
@@ -129,10 +129,10 @@ def test_a_best_point_scores_as_itself(config, tmp_path):
     assert stage_matrix(tmp_path / "run").grid[-1][0].state != whole.state
 
 
-def test_rows_that_are_not_kept_are_missing_from_the_matrix(config, tmp_path):
-    config["stages"][0]["data"]["keep_rows"] = False
-    train_all(one_stage(config))
-    train_all(config)
+def test_rows_that_are_not_kept_are_missing_from_the_matrix(staged, tmp_path):
+    staged["stages"][0]["data"]["keep_rows"] = False
+    train_all(one_stage(staged))
+    train_all(staged)
     found = stage_matrix(tmp_path / "run")
     assert [[cell is None for cell in row] for row in found.grid] == [[True, False]] * 3
     assert found.summaries() == []

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import write_rows
 from helpers import Stop, assert_same_links, links_of, stopping, train_all, train_on
+from helpers_stages import files_of, logits, one_stage, stage_of, stopping_after, survey
 
 from chainlora import export_adapter
 from chainlora.cli.common import words_and_overrides
@@ -19,15 +20,14 @@ from chainlora.runs.changes import undo
 from chainlora.runs.inspection import inspect_run
 from chainlora.runs.loading_start import load_start
 from chainlora.training.stages import extension, prune, train_stages
-from stages.cases import files_of, logits, one_stage, stage_of, stopping_after, survey
 
 
-def test_extending_a_run_gives_the_bits_of_one_config_with_both_stages(config, tmp_path):
-    train_all(config)
-    later = one_stage(config) | {"output": str(tmp_path / "later")}
+def test_extending_a_run_gives_the_bits_of_one_config_with_both_stages(staged, tmp_path):
+    train_all(staged)
+    later = one_stage(staged) | {"output": str(tmp_path / "later")}
     train_all(later)
     before = files_of(tmp_path / "later")
-    train_on(tmp_path / "later", stage_of(config, "style"))
+    train_on(tmp_path / "later", stage_of(staged, "style"))
     assert_same_links(tmp_path / "run", tmp_path / "later")
     after = files_of(tmp_path / "later")
     assert [name for name in before if after[name] != before[name]] == ["history.json"]
@@ -36,20 +36,20 @@ def test_extending_a_run_gives_the_bits_of_one_config_with_both_stages(config, t
     assert ends[0] == ends[1]
 
 
-def test_the_same_call_again_trains_what_is_new_and_a_stage_stays_what_it_was(config, tmp_path):
-    assert [r is None for r in train_all(one_stage(config))] == [False]
-    assert [r is None for r in train_all(config)] == [True, False]
+def test_the_same_call_again_trains_what_is_new_and_a_stage_stays_what_it_was(staged, tmp_path):
+    assert [r is None for r in train_all(one_stage(staged))] == [False]
+    assert [r is None for r in train_all(staged)] == [True, False]
     before = files_of(tmp_path / "run")
     (tmp_path / "more.jsonl").write_text("no row\n")  # a file that has changed since
-    assert train_all(config) == [None, None]
+    assert train_all(staged) == [None, None]
     assert files_of(tmp_path / "run") == before
-    assert [stage.state for stage in survey(make_stages(config))] == ["finished", "finished"]
-    config["stages"][0]["chain"]["steps"] = [2, 2, 3]
+    assert [stage.state for stage in survey(make_stages(staged))] == ["finished", "finished"]
+    staged["stages"][0]["chain"]["steps"] = [2, 2, 3]
     with pytest.raises(RunError, match=r"stage 'facts': chain.steps.*another name"):
-        train_all(config)
-    config["stages"][0] = config["stages"][0] | {"name": "other"}
+        train_all(staged)
+    staged["stages"][0] = staged["stages"][0] | {"name": "other"}
     with pytest.raises(RunError, match="in their order"):
-        train_all(config)
+        train_all(staged)
 
 
 def test_a_fork_resumes_on_the_state_that_it_was_begun_on(two, tmp_path):
@@ -100,11 +100,11 @@ def test_a_fork_leaves_its_parent_alone(two, tmp_path):
     assert not torch.equal(logits(tmp_path / "fork"), logits(tmp_path / "fork", num_links=3))
 
 
-def test_a_base_beside_the_run_is_found_from_another_folder(config, tmp_path, monkeypatch):
+def test_a_base_beside_the_run_is_found_from_another_folder(staged, tmp_path, monkeypatch):
     """To add a stage, in place or as a fork, and to finish one; `load_run` found it already."""
-    shutil.copytree(config["model"], tmp_path / "base")
-    config |= {"model": "base", "output": "run"}
-    first, law = one_stage(config), stage_of(config, "style")
+    shutil.copytree(staged["model"], tmp_path / "base")
+    staged |= {"model": "base", "output": "run"}
+    first, law = one_stage(staged), stage_of(staged, "style")
     with pytest.raises(Stop):
         train_all(first, listener=stopping(3))
     (tmp_path / "elsewhere").mkdir()
@@ -113,7 +113,7 @@ def test_a_base_beside_the_run_is_found_from_another_folder(config, tmp_path, mo
     train_on("../run", law | {"name": "fork", "output": "fork"})
     train_on("../run", law)
     monkeypatch.chdir(tmp_path)
-    assert [where.state for where in survey(make_stages(config))] == ["finished"] * 2
+    assert [where.state for where in survey(make_stages(staged))] == ["finished"] * 2
     assert open_run("elsewhere/fork").stages == ["facts", "fork"]
 
 
@@ -133,13 +133,13 @@ def test_in_place_a_stage_begins_on_the_state_that_is_named(two, tmp_path):
         extension(f"{run}@facts", law)
 
 
-def test_a_stage_ends_inside_itself_with_its_best_point(config, tmp_path):
+def test_a_stage_ends_inside_itself_with_its_best_point(staged, tmp_path):
     """The first stage keeps its best point: the second begins there, and not at the last link."""
-    config["stages"][0] |= {
+    staged["stages"][0] |= {
         "chain": {"ranks": [4, 4], "steps": [1, 9]},
         "train": {"keep_best": True, "eval_every": 1, "schedule": "constant"},
     }
-    train_all(config)
+    train_all(staged)
     first = open_run(f"{tmp_path / 'run'}@facts")
     selected = inspect_run(first)["selected"]
     assert selected["partial"]
@@ -164,30 +164,30 @@ def test_a_stage_ends_inside_itself_with_its_best_point(config, tmp_path):
     assert len(links_of(f"{tmp_path / 'run'}@facts")) == 2  # the links after it are kept too
 
 
-def test_a_stage_stopped_anywhere_resumes_to_the_same_bits(config, tmp_path):
-    whole = config | {"output": str(tmp_path / "whole")}
+def test_a_stage_stopped_anywhere_resumes_to_the_same_bits(staged, tmp_path):
+    whole = staged | {"output": str(tmp_path / "whole")}
     train_all(whole)
-    config["train"]["save_every"] = 1
+    staged["train"]["save_every"] = 1
     for stop in range(1, 11):
         with pytest.raises(Stop):
-            train_all(config, listener=stopping_after(stop))
-    train_all(config)
+            train_all(staged, listener=stopping_after(stop))
+    train_all(staged)
     for name in ("facts", "style"):
         stopped, unbroken = (open_run(f"{tmp_path / run}@{name}") for run in ("run", "whole"))
         assert stopped.state == unbroken.state
         assert_same_links(f"{tmp_path / 'run'}@{name}", f"{tmp_path / 'whole'}@{name}")
 
 
-def test_stages_that_are_half_trained_leave_the_run_alone(config, tmp_path, caplog):
+def test_stages_that_are_half_trained_leave_the_run_alone(staged, tmp_path, caplog):
     """Another one begins without it, and the one that ends later ends beside the run, in words."""
-    run, style = tmp_path / "run", stage_of(config, "style")
+    run, style = tmp_path / "run", stage_of(staged, "style")
     with pytest.raises(Stop):
-        train_all(one_stage(config), listener=stopping_after(3))
+        train_all(one_stage(staged), listener=stopping_after(3))
     with pytest.raises(RunError, match="starts from a finished run"):
         load_start(run)
     with pytest.raises(RunError, match="whose first stage has ended"):
         extension(run, style)
-    train_all(one_stage(config))
+    train_all(one_stage(staged))
     facts = logits(run)
     with pytest.raises(Stop):
         train_on(run, style, listener=stopping_after(8))
@@ -196,7 +196,7 @@ def test_stages_that_are_half_trained_leave_the_run_alone(config, tmp_path, capl
             act()
     assert torch.equal(logits(run), facts)
     (run / "stages/.ipynb_checkpoints").mkdir()  # what looks at folders leaves is no stage
-    both = config | {"stages": [*config["stages"], style | {"name": "law"}]}
+    both = staged | {"stages": [*staged["stages"], style | {"name": "law"}]}
     assert [each.state for each in survey(make_stages(both))] == ["finished", "stopped", "new"]
     train_on(run, style | {"name": "law"})
     assert "stage style is unfinished; law does not include it" in caplog.text
@@ -207,9 +207,9 @@ def test_stages_that_are_half_trained_leave_the_run_alone(config, tmp_path, capl
     assert open_run(f"{run}@style").stages == ["facts", "style"]
 
 
-def test_an_undo_while_a_stage_is_trained_does_not_reach_it(config, tmp_path, caplog):
-    train_all(one_stage(config))
-    style, run = stage_of(config, "style"), tmp_path / "run"
+def test_an_undo_while_a_stage_is_trained_does_not_reach_it(staged, tmp_path, caplog):
+    train_all(one_stage(staged))
+    style, run = stage_of(staged, "style"), tmp_path / "run"
     with pytest.raises(Stop):
         train_on(run, style, listener=stopping_after(7))
     undo(run)
@@ -219,10 +219,10 @@ def test_an_undo_while_a_stage_is_trained_does_not_reach_it(config, tmp_path, ca
     assert undo(run, to="style").stages == ["facts", "style"]
 
 
-def test_a_fork_that_has_begun_does_not_need_its_parent(config, tmp_path):
-    config["chain"]["hold"] = "carried"  # a key of the whole run, which a fork inherits
-    train_all(one_stage(config))
-    style, address = stage_of(config, "style"), f"{tmp_path / 'run'}@facts"
+def test_a_fork_that_has_begun_does_not_need_its_parent(staged, tmp_path):
+    staged["chain"]["hold"] = "carried"  # a key of the whole run, which a fork inherits
+    train_all(one_stage(staged))
+    style, address = stage_of(staged, "style"), f"{tmp_path / 'run'}@facts"
     style["data"] |= {"replay": 0.25}
     whole, fork = tmp_path / "whole", tmp_path / "fork"
     train_on(address, style | {"output": str(whole)})

@@ -13,11 +13,10 @@ import torch
 from conftest import write_rows
 from faults.lives import live
 from helpers import settings, train_all, train_on
+from helpers_stages import die, section, train_beside
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from beside.cases import add, section
-from beside.test_rules import die
 from chainlora import load_run
 from chainlora.data.examples import Example
 from chainlora.engine.engine import Engine
@@ -42,7 +41,7 @@ def trained(tiny_folder, sentiment, tmp_path_factory) -> Path:
     del config["data"]
     train_all(config)
     for name in "bc":
-        add(sentiment, folder / "run", name)
+        train_beside(sentiment, folder / "run", name)
     return folder / "run"
 
 

@@ -9,12 +9,12 @@ import pytest
 from conftest import make_tiny_folder
 from helpers import Stop, stage_dir, stopping, train_all, train_on
 from helpers_data import pair_files
+from helpers_stages import config_of, section
 
-from beside.cases import config_of, section
 from chainlora import evaluate_task, extend
 from chainlora.cli.main import run as cli
 from chainlora.config.staging import make_stages
-from chainlora.errors import ChainLoRAError, ConfigError, RunError
+from chainlora.errors import ConfigError, RunError
 from chainlora.evaluation.combination import combine
 from chainlora.files import checksums
 from chainlora.runs.addresses import open_run
@@ -53,11 +53,6 @@ def test_extend_stands_beside(abc, sentiment, capsys, caplog):
     assert capsys.readouterr().out.endswith(", beside the others, then a combination\n")
 
 
-def test_a_stage_keeps_its_place(abc, sentiment):
-    with pytest.raises(RunError, match=r"'c' must stay where it was begun \(got it began beside"):
-        extension(abc, section(sentiment, "c"), beside=False)
-
-
 @pytest.mark.parametrize("why", ["pairs", "named", "head", "on top"])
 def test_what_extend_trains_on_top(why, abc, sentiment, tmp_path):
     stage = section(sentiment, "d")
@@ -69,21 +64,20 @@ def test_what_extend_trains_on_top(why, abc, sentiment, tmp_path):
     assert (found.beside, found.after) == (False, below)
 
 
-@pytest.mark.parametrize(
-    ("key", "said"),
-    [
+def test_what_cannot_be_combined_is_refused_with_the_remedy(abc, sentiment):
+    for key, said in (
         ({"replay": 0.5}, r"got data\.replay of d without `beside`.*add --on-top, or --beside"),
-        ({"new_rows_only": True}, r"got data\.new_rows_only of d without .*beside: false or true"),
+        ({"new_rows_only": True}, r"got data\.new_rows_only of d .*beside: false or true"),
         ({"keep_rows": False}, r"got data\.keep_rows: false of d.; leave it out, or train it on"),
-    ],
-)
-def test_what_cannot_be_combined_is_refused_with_the_remedy(key, said, abc, sentiment):
-    stage = section(sentiment, "d")
-    stage["data"] |= key
-    with pytest.raises(ConfigError, match=said):
-        extension(abc, stage, beside=None)
-    (found,) = extension(abc, stage, beside=False)
-    assert found.after == open_run(abc).key
+    ):
+        stage = section(sentiment, "d")
+        stage["data"] |= key
+        with pytest.raises(ConfigError, match=said):
+            extension(abc, stage, beside=None)
+        (found,) = extension(abc, stage, beside=False)
+        assert found.after == open_run(abc).key
+    with pytest.raises(RunError, match=r"'c' must stay where it was begun \(got it began beside"):
+        extension(abc, section(sentiment, "c"), beside=False)
 
 
 def test_a_stage_beside_others_has_its_config_from_the_first(abc, ac, sentiment):
@@ -252,27 +246,6 @@ def test_a_config_is_given_again_whatever_the_run_is(tiny_folder, sentiment, tmp
     again = section(sentiment, "c")
     again["data"] |= {"new_rows_only": True}  # reads what stages kept: not combinations
     make_plan(extension(run, again, beside=False))
-
-
-@pytest.mark.parametrize(
-    ("place", "change", "message"),
-    [
-        (0, {"beside": True}, "beside: true"),
-        (1, {"rehearse": True}, "chainlora combine RUN --steps 60 trains the combined link"),
-        (1, {"beside": "yes"}, "`beside` must be true or false"),
-        (1, {"chain": {"ranks": [2], "steps": [3], "lora_bias": True}}, "chain.lora_bias of b"),
-        (0, {"data": {"keep_rows": False}}, "rows: false of a"),
-        (1, {"data": {"new_rows_only": True}}, "none below, since it stands beside the others"),
-    ],
-)
-def test_where_a_stage_cannot_stand(place, change, message, tiny_folder, sentiment, tmp_path):
-    more = section(sentiment, "b") | {"beside": True}
-    config = config_of(tiny_folder, sentiment, tmp_path / "run", more)
-    data = config["stages"][place]["data"] | change.get("data", {})
-    config["stages"][place] |= change | {"data": data}
-    with pytest.raises(ChainLoRAError, match=message):
-        train_all(config)
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_stopped_stage_is_not_below_itself_or_stages_beside_it(tiny_folder, sentiment, tmp_path):

@@ -2,53 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import json
-from itertools import product
-
-import pytest
 
 from chainlora.cli.main import run as cli
 from chainlora.runs.addresses import open_run
 
-# Whole commands by their words; ADDRESS is the run, or a stage of it.
-VERBS = {
-    "eval": "eval ADDRESS --limit 2",
-    "generate": "generate ADDRESS --prompt good --max-new-tokens 2",
-    "chat": "chat ADDRESS",
-    "inspect": "inspect ADDRESS",
-    "report": "report ADDRESS",
-    "adapter": "export ADDRESS --to adapter --output OUT",
-    "merged": "export ADDRESS --to merged --output OUT",
-}
-CHOICES = ("", "--links 1")
 
-
-@pytest.mark.slow
-def test_every_verb_takes_every_state_or_refuses_it_in_a_line(two, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO())
-    run = str(tmp_path / "run")
-    cases = product(VERBS, ("", "@facts", "@nope"), CHOICES)
-    for number, (verb, stage, choice) in enumerate(cases):
-        if choice and verb != "eval" and (verb in ("inspect", "report") or stage):
-            continue
-        words = f"{VERBS[verb]} {choice}".replace("ADDRESS", run + stage)
-        capsys.readouterr()
-        status = cli(words.replace("OUT", str(tmp_path / f"out-{number}")).split())
-        assert status == int(stage == "@nope"), words
-        said = capsys.readouterr().err
-        assert status != 1 or "a stage must be one of facts" in said.splitlines()[-1]
-
-
-def test_the_command_line_goes_from_two_data_sets_to_one_adapter(config, tmp_path, chainlora):
+def test_the_command_line_goes_from_two_data_sets_to_one_adapter(staged, tmp_path, chainlora):
     def said(*words: object) -> str:
         done = chainlora(*words)
         assert done.status == 0, done.err
         return done.out
 
-    stages, run = config.pop("stages"), tmp_path / "run"
+    stages, run = staged.pop("stages"), tmp_path / "run"
     file, style = tmp_path / "mine.yaml", tmp_path / "style.yaml"
-    file.write_text(json.dumps(config | {"stages": stages[:1]}))
+    file.write_text(json.dumps(staged | {"stages": stages[:1]}))
     style.write_text(json.dumps(stages[1]))
     assert "facts: would train links of rank 4, 4, 2" in said("train", file, "--dry-run")
     rows = [str(stages[0]["data"]["train"]), str(tmp_path / "more.jsonl")]
@@ -61,22 +29,18 @@ def test_the_command_line_goes_from_two_data_sets_to_one_adapter(config, tmp_pat
             assert ("nothing left to do" in said(words)) == is_done
     assert "from 5 link(s)" in said(f"export {run} --to adapter --output {tmp_path / 'out'}")
     assert "validation `accuracy`" in (tmp_path / "out/README.md").read_text()
-    wrong = chainlora(f"eval {run} --matrix --links 1")
-    assert wrong.status == 2
-    assert "--matrix scores the kept rows in all states; leave --links out" in wrong.err
     for address in (f"{run}@facts", f"{run}@style", str(run)):
         planned = ["3 × 2 steps", *(["2 steps, 3 steps"] if "@facts" not in address else [])]
         lines = [line for line in said(f"inspect {address}").splitlines() if "planned" in line]
         assert [line.partition(": ")[2] for line in lines] == planned
         said(f"eval {address}")
     assert chainlora(f"train {file} --stages.facts.train.lr 1").status == 1
-    assert chainlora(f"eval {run}@nope").status == 1
 
 
-def test_a_rank_that_no_launcher_has_set_is_none(config, tmp_path, capsys, monkeypatch):
+def test_a_rank_that_no_launcher_has_set_is_none(staged, tmp_path, capsys, monkeypatch):
     """Some shells have a RANK; only beside WORLD_SIZE it says that another process shows things."""
     monkeypatch.setenv("RANK", "1")
-    (tmp_path / "mine.yaml").write_text(json.dumps(config))
+    (tmp_path / "mine.yaml").write_text(json.dumps(staged))
     assert cli(["train", str(tmp_path / "mine.yaml"), "--json"]) == 0
     assert list(json.loads(capsys.readouterr().out)["stages"]) == ["facts", "style"]
     assert open_run(tmp_path / "run").stages == ["facts", "style"]

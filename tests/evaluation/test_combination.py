@@ -12,11 +12,11 @@ import pytest
 import torch
 from conftest import make_tiny_folder, write_rows
 from helpers import Stop, settings, sign, stopping, train_all, train_on
+from helpers_stages import begin, config_of, section, train_beside
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import chainlora as public
-from beside.cases import add, begin, config_of, section
 from chainlora import export_adapter, load_run, train
 from chainlora.chain.combining import Part
 from chainlora.chain.link import stack_links
@@ -104,7 +104,7 @@ def test_stages_are_shown_and_counted_in_the_order_in_which_they_were_added(
     abc, ac, sentiment, chainlora, tmp_path
 ):
     """A combination has the same sums whatever that order is; b came last here."""
-    add(sentiment, ac, "b")
+    train_beside(sentiment, ac, "b")
     assert open_run(ac).state.digest == open_run(abc).state.digest
     order = ["a", "c", "b"]
     assert open_run(ac).stages == order
@@ -301,7 +301,7 @@ def test_a_fork_becomes_the_stage_that_was_beside_a_pruned_one(abc, sentiment, t
     """Not what both began on, which that stage holds."""
     fork = tmp_path / "fork"
     train_on(f"{abc}@a", section(sentiment, "d") | {"output": str(fork)})
-    add(sentiment, fork, "b")
+    train_beside(sentiment, fork, "b")
     plan = prune(fork, "d")
     assert (plan.now, plan.left, open_run(fork).stages) == ("b", [], ["a", "b"])
 

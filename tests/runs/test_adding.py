@@ -12,15 +12,16 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import WORDS, make_tiny_folder, write_rows
 from faults.injection import Injection
 from faults.lives import live
 from helpers import edit_json, stage_dir
+from helpers_data import rows_of
+from helpers_export import save_lora
+from helpers_stages import unbuilt
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import chainlora as public
-from beside.test_rules import unbuilt
 from chainlora import add, combine, load_run, open_run, stage_matrix, undo
 from chainlora.errors import ChainLoRAError
 from chainlora.files import checksums
@@ -31,28 +32,6 @@ from chainlora.training import building
 from chainlora.training.stages import build_run, prune
 
 SHORT = {"ranks": [2], "steps": [2]}
-
-
-def rows_of(path: Path, first: int, count: int = 12) -> str:
-    """Write rows that ask the same with other words."""
-    words = WORDS[first : first + count]
-    write_rows(path, [{"prompt": f"say {w}:", "completion": f" {w}"} for w in words])
-    return str(path)
-
-
-def save_lora(folder: Path, base: Path, seed: int = 0, **keys: Any) -> str:
-    """Save a LoRA of plain PEFT, with drawn weights, and the tokenizer, as trainers do."""
-    keys = {"target_modules": ["q_proj", "down_proj"], "r": 4, "lora_alpha": 6} | keys
-    model = AutoModelForCausalLM.from_pretrained(base)
-    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **keys))
-    draw = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=draw))
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -167,15 +146,6 @@ def test_a_new_run_of_an_adapter_has_general_rows_or_none(made, tmp_path, chainl
     assert not (tmp_path / "new").exists()
     assert chainlora(second.removesuffix(" --general ")).status == 0
     assert open_run(run).entry.parents == ("x", "y")
-
-
-def test_bad_rows_of_an_adapter_are_refused_before_the_base_writes(made, tmp_path, chainlora):
-    rows = Path(rows_of(tmp_path / "rows.jsonl", 0))
-    rows.write_text(rows.read_text() + '{"prompt": 3}\n')
-    words = f"add {tmp_path / 'new'} {made / 'x'} --rows"
-    chainlora(f"{words} {rows}").refused("rows.jsonl")  # one line: no word of general rows
-    chainlora(f"{words} {made / 'x.jsonl'} --data.train {rows}").refused("rows are given once")
-    assert not (tmp_path / "new").exists()
 
 
 def test_a_tokenizer_that_was_saved_again_is_the_same(made, run, tiny_folder, tmp_path):
@@ -299,30 +269,17 @@ def of_other_layers(folder: Path, base: Path) -> str:
     return str(folder)
 
 
-def of_another_base(folder: Path, base: Path) -> str:
-    return save_lora(folder, make_tiny_folder(folder / "base", intermediate_size=48))
-
-
+# What load_chain refuses too is in test_start.py.
 ADAPTERS: dict[str, tuple[Callable[[Path, Path], str], str]] = {
     "other layers": (of_other_layers, "must have the layers that an adapter is for"),
-    "other shapes": (of_another_base, "a link must fit the model (got an update of"),
-    "a head": (
-        lambda folder, base: save_lora(folder, base, modules_to_save=["lm_head"]),
-        "modules_to_save",
-    ),
     "a tied head": (
         lambda folder, base: save_lora(folder, base, target_modules=["q_proj", "lm_head"]),
         "an adapter must be on layers that links can adapt",
-    ),
-    "an embedding": (
-        lambda folder, base: save_lora(folder, base, target_modules=["embed_tokens"]),
-        "an adapter must be on linear layers",
     ),
     "a bias": (
         lambda folder, base: save_lora(folder, base, lora_bias=True),
         "links must be low-rank sums",
     ),
-    "none": (lambda folder, base: str(folder / "none"), "a run or adapter must be there"),
     "a model": (lambda folder, base: str(base), "no adapter_config.json in"),
     "a run": (lambda folder, base: str(folder.parent / "run"), "a run or a saved chain"),
 }
@@ -340,33 +297,6 @@ def test_an_adapter_that_does_not_fit_is_refused(
     chainlora("add", target, adapter, *words).refused(got)
     assert checksums(run) == before
     assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize(
-    ("words", "got"),
-    [
-        ("", "a combination reads rows (got none); give some of the adapter's training rows"),
-        ("--rows none.jsonl", "none.jsonl"),
-        ("--rows empty.jsonl", "empty.jsonl"),
-        ("--rows long.jsonl --data.max_length 4 --data.truncation drop", "x"),
-        ("--rows ok.jsonl --name z", "an adapter must have a name of its own (got 'z'"),
-        ("--rows ok.jsonl --name base", "a stage must have a `name`"),
-        ("--rows ok.jsonl --model other", "`model` must equal the value in the run"),
-        ("--rows ok.jsonl --train.dtype bfloat16", "`train.dtype` must equal the value in the run"),
-        ("--rows ok.jsonl --train.lr 1", "an adapter is added as it was trained (got `train.lr`)"),
-        ("--rows ok.jsonl --data.replay 0.5", "(got `data.replay`)"),
-        ("--rows ok.jsonl --data.nonsense 1", "nonsense"),
-    ],
-)
-def test_bad_calls_change_nothing(words, got, made, run, tmp_path, chainlora, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    rows_of(tmp_path / "ok.jsonl", 0)
-    rows_of(tmp_path / "long.jsonl", 0)
-    (tmp_path / "empty.jsonl").touch()
-    before = read_history(run)
-    chainlora("add", run, made / "x", *words.split()).refused(got)
-    assert read_history(run) == before
-    assert not [path for path in (run / "stages").iterdir() if path.name != "z"]
 
 
 def test_the_command_line(made, run, tmp_path, chainlora):

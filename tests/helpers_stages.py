@@ -1,18 +1,24 @@
-"""Configs of two and three stages, and how their runs are looked at."""
+"""Runs of several stages, on top of each other and beside, and how they are stopped."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from conftest import write_rows
-from helpers import Stop, settings
+from faults.lives import live
+from helpers import Stop, settings, train_all, train_on
 
 from chainlora import load_run
 from chainlora.files import checksums
+from chainlora.runs.history_file import read_history
 from chainlora.training.plan import make_plan
 
 
@@ -78,3 +84,59 @@ def stopping_after(total: int):
 
     stage = [""]
     return listener
+
+
+def section(sentiment: Path, name: str, **keys: Any) -> dict[str, Any]:
+    """A stage on the task's rows, in part others for each name; they stand beside each other."""
+    task, rows = sentiment / "task.yaml", sentiment / "train.jsonl"
+    other = sentiment.with_name(f"{sentiment.name}-{name}.jsonl")
+    lines = rows.read_text().splitlines()
+    first = "abcd".index(name[0]) * 6
+    other.write_text("\n".join(lines[first : first + 16]) + "\n")
+    data = {"task": str(task), "train": str(other), "validation": 4}
+    return {"name": name, "data": data, "chain": {"ranks": [2], "steps": [3]} | keys}
+
+
+def config_of(tiny_folder: Path, sentiment: Path, run: Path, *stages: dict[str, Any]) -> Any:
+    tree = settings(tiny_folder, sentiment, run)
+    tree["chain"] = {"alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+    del tree["data"]
+    return tree | {"stages": [section(sentiment, "a"), *stages]}
+
+
+def begin(tiny_folder: Path, sentiment: Path, run: Path) -> Path:
+    """Train stage `a` of a new run."""
+    train_all(config_of(tiny_folder, sentiment, run))
+    return run
+
+
+def train_beside(sentiment: Path, run: Path, name: str) -> None:
+    train_on(run, section(sentiment, name), beside=True)
+
+
+def at(event: str, act: Callable[[], object], stage: str = "") -> Callable[[Any], None]:
+    """Return a listener that does something once, at an event of a stage."""
+    now, done = [""], []
+
+    def listener(found: Any) -> None:
+        now[0] = found.stage if found.name == "stage" else now[0]
+        if found.name == event and stage in ("", now[0]) and not done:
+            done.append(event)
+            act()
+
+    return listener
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed(event: str, address: Path | str, own: dict[str, Any], **keys: Any) -> None:
+    """Add a stage in another process, which is killed at an event."""
+    keys = {"beside": True} | keys
+    end = live(lambda: train_on(address, own, listener=at(event, die), **keys))
+    assert end.status == -9, end.message
+
+
+def unbuilt(run: Path) -> list[str]:
+    return [entry.key for entry in read_history(run).unbuilt]

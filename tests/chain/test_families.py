@@ -8,13 +8,13 @@ import pytest
 import torch
 from architectures.tiny import IMPOSSIBLE, model_types, tiny_model
 
+from chain.families import FAMILIES, away, case, model_of, products, rows_of, update
+from chain.independent import solution
 from chainlora import ChainLoRAError, LinkConfig
 from chainlora.chain.adapters import check_targets
 from chainlora.chain.combining import Part
 from chainlora.chain.layerwise import Layers, inspect_layer, run
 from chainlora.chain.solving import combine
-from combining.cases import FAMILIES, away, case, model_of, products, rows_of, update
-from combining.independent import solution
 
 # Of the norm. Activations and products are float32: 24 bits, which some hundred sums a module and
 # two layers, one on top of the other, round to some 5e-6.

@@ -12,12 +12,7 @@ from hypothesis import strategies as st
 from test_laws import same_factors
 from torch import nn
 
-from chainlora.chain import solving
-from chainlora.chain.combining import Combined, Equations, Part, Sums
-from chainlora.chain.low_rank import leading_left
-from chainlora.chain.solving import combine
-from chainlora.errors import ChainError, ChainLoRAError
-from combining.cases import (
+from chain.families import (
     FAMILIES,
     Experts,
     away,
@@ -29,6 +24,11 @@ from combining.cases import (
     rows_of,
     update,
 )
+from chainlora.chain import solving
+from chainlora.chain.combining import Combined, Equations, Part, Sums
+from chainlora.chain.low_rank import leading_left
+from chainlora.chain.solving import combine
+from chainlora.errors import ChainError, ChainLoRAError
 
 NEAR = 5e-5  # of the norm: float32 through two layers, as in test_families.py
 LLAMA = FAMILIES["llama"]

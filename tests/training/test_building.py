@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,8 @@ import pytest
 from faults.injection import Injection
 from faults.lives import live
 from helpers import train_all, train_on
+from helpers_stages import at, config_of, killed, section, train_beside, unbuilt
 
-from beside.cases import add, config_of, section
 from chainlora import export_adapter
 from chainlora.errors import ChainLoRAError, RunError
 from chainlora.evaluation.combination import combine
@@ -28,34 +26,6 @@ from chainlora.training.plan import make_plan
 from chainlora.training.stages import build_run, extension, prune
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="lives are forked")
-
-
-def at(event: str, act: Callable[[], object], stage: str = "") -> Callable[[Any], None]:
-    """Return a listener that does something once, at an event of a stage."""
-    now, done = [""], []
-
-    def listener(found: Any) -> None:
-        now[0] = found.stage if found.name == "stage" else now[0]
-        if found.name == event and stage in ("", now[0]) and not done:
-            done.append(event)
-            act()
-
-    return listener
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def killed(event: str, address: Path | str, own: dict[str, Any], **keys: Any) -> None:
-    """Add a stage in another process, which is killed at an event."""
-    keys = {"beside": True} | keys
-    end = live(lambda: train_on(address, own, listener=at(event, die), **keys))
-    assert end.status == -9, end.message
-
-
-def unbuilt(run: Path) -> list[str]:
-    return [entry.key for entry in read_history(run).unbuilt]
 
 
 def test_rule_1_what_is_not_built_is_not_what_the_run_is(only_a, sentiment, tmp_path, chainlora):
@@ -84,7 +54,7 @@ def test_rule_2_a_command_builds_its_own_entries_and_what_they_come_from(
 ):
     killed("stage", f"{ac}@a", section(sentiment, "d-top"), beside=None)
     killed("step", ac, section(sentiment, "b"))
-    add(sentiment, ac, "d")  # combined with b, which goes on
+    train_beside(sentiment, ac, "d")  # combined with b, which goes on
     assert open_run(ac).entry.parents == ("a", "c", "b", "d")
     assert "does not include it" not in caplog.text
     assert unbuilt(ac) == ["d-top"]
@@ -105,7 +75,7 @@ def test_rule_2_plugins_that_nobody_named_are_not_run(
     before = read_history(only_a)
     chainlora("train", only_a).refused(f"got {plugin} for b); repeat the command that declared b")
     assert read_history(only_a) == before
-    add(sentiment, only_a, "c")
+    train_beside(sentiment, only_a, "c")
     assert read_history(only_a).find("c") is not None
     assert f"after-c of {only_a} waits for b" in caplog.text
     train_on(only_a, section(sentiment, "b") | {"plugins": [str(plugin)]}, beside=True)
@@ -125,9 +95,9 @@ def test_rule_2_trackers_that_nobody_named_are_not_told(only_a, sentiment):
 def test_rule_3_an_entry_of_a_command_that_died_is_built_later(only_a, sentiment, tmp_path):
     other = Path(shutil.copytree(only_a, tmp_path / "other"))
     killed("step", only_a, section(sentiment, "b"))
-    add(sentiment, other, "b")
+    train_beside(sentiment, other, "b")
     for run in (only_a, other):
-        add(sentiment, run, "c")
+        train_beside(sentiment, run, "c")
     assert open_run(only_a).state == open_run(other).state
     assert undo(only_a).key == "a"
 
@@ -164,7 +134,7 @@ def test_rule_4_what_is_refused_before_it_learns_is_not_declared_any_more(
     with pytest.raises(ChainLoRAError, match="label"):
         train_all(config)
     assert not (tmp_path / "new").exists()
-    add(sentiment, only_a, "b")  # whose rows are written again
+    train_beside(sentiment, only_a, "b")  # whose rows are written again
 
 
 def turn_rows(stage: dict[str, Any]) -> None:
@@ -189,12 +159,12 @@ def test_rule_5_rows_of_a_stage_that_was_killed_have_changed(only_a, sentiment, 
     killed("stage", only_a, own)
     turn_rows(own)
     with pytest.raises(RunError, match=f"for b.*chainlora prune {only_a} b"):
-        add(sentiment, only_a, "c")
+        train_beside(sentiment, only_a, "c")
     turn_rows(own)
     assert read_history(only_a).find("c") is not None
     assert unbuilt(only_a) == ["b", "after-c"]
     assert chainlora("prune", only_a, "b", "--yes").status == 0
-    add(sentiment, only_a, "c")
+    train_beside(sentiment, only_a, "c")
     assert open_run(only_a).entry.parents == ("a", "c")
 
 
@@ -237,7 +207,7 @@ def test_rule_7_a_stage_that_is_not_built_is_pruned(only_a, sentiment, event, ch
     assert (unbuilt(only_a), open_run(only_a).key) == ([], "a")
     assert not (only_a / "stages/b").exists()
     assert read_history(only_a).target is None
-    add(sentiment, only_a, "b")
+    train_beside(sentiment, only_a, "b")
     assert open_run(only_a).entry.parents == ("a", "b")
 
 
@@ -254,7 +224,7 @@ def test_rule_8_what_is_not_built_does_not_travel(ac, abc, sentiment, tmp_path):
     combine(abc, [ac])
     assert unbuilt(abc) == []
     assert checksums(ac) == before
-    add(sentiment, ac, "d")
+    train_beside(sentiment, ac, "d")
     push_run(ac, str(tmp_path / "pushed"), rows=True)
     assert open_run(tmp_path / "pushed").state == open_run(ac).state
 
@@ -307,7 +277,7 @@ def test_rule_10_what_is_decided_while_building_is_in_the_result(only_a, sentime
 
 
 def test_rule_11_one_undo_takes_a_command_back(ac, only_a, sentiment):
-    add(sentiment, ac, "b")
+    train_beside(sentiment, ac, "b")
     history = read_history(ac)
     assert {history.find(key).unit for key in ("b", "after-b")} == {"b"}
     assert undo(ac).key == "after-c"

@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 from faults.lives import start, wait
 from helpers import train_on
-from stages.cases import files_of
+from helpers_stages import files_of, section
 
-from beside.cases import section
 from chainlora.evaluation.combination import combine
 from chainlora.runs.addresses import open_run
 from chainlora.runs.history_file import read_history
