@@ -19,6 +19,7 @@ from helpers import (
     stage_dir,
     start_as_ours,
     stop_after,
+    train_on,
     training_examples,
 )
 from helpers_data import CHAT, MARKED, encode_examples, make_tokenizer, pair_files, pairs, scored
@@ -319,9 +320,9 @@ def test_later_stages_and_a_fork_change_no_reference(settings):
     again = {key: first[key] for key in ("data", "train")} | {"name": "again"}
     train(first)
     for name in ("again", "third"):
-        extend(first["output"], again | {"name": name, "chain": {"ranks": [2], "steps": [2]}})
+        train_on(first["output"], again | {"name": name, "chain": {"ranks": [2], "steps": [2]}})
     own = {"name": "own", "chain": {"ranks": [2], "steps": [2]}, "output": fork}
-    extend(first["output"], again | own)
+    train_on(first["output"], again | own)
     state = open_run(f"{first['output']}@again").state
     metrics = evaluate_task(f"{first['output']}@again")["metrics"]  # of a tenth of the rewards
     for run in map(open_run, (first["output"], fork)):
