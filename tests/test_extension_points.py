@@ -16,7 +16,7 @@ import chainlora
 from chainlora import ChainCallback, registry, train
 from chainlora.knots import policy
 from chainlora.training import objectives, optimizers
-from chainlora.training.events import Event, ShareTied, StepDone
+from chainlora.training.events import Event, StepDone
 
 RECIPES = blocks((ROOT / "docs/layout.md").read_text(encoding="utf-8"), "python")
 
@@ -62,16 +62,6 @@ def events_of(config: dict[str, Any]) -> list[Event]:
 
 def losses_of(events: list[Event]) -> list[float]:
     return [event.loss for event in events if isinstance(event, StepDone)]
-
-
-def test_an_optimizer_of_ones_own(tiny_folder, sentiment, monkeypatch):
-    monkeypatch.setitem(optimizers.OPTIMIZERS, "signum", None)  # taken out again at the end
-    run_recipe("class Signum")
-    knots = {"ranks": [4], "steps": [12], "knots": {"every": 3, "share": 0.3}}
-    train = {"optimizer": "signum", "lr": 3e-3}
-    events = events_of(settings(tiny_folder, sentiment, chain=knots, train=train))
-    assert sum(losses_of(events)[-3:]) < sum(losses_of(events)[:3])
-    assert sum(isinstance(event, ShareTied) for event in events) == 3
 
 
 def test_a_knot_policy_of_ones_own_in_a_trainer(tiny_folder, tokenizer, tmp_path, monkeypatch):

@@ -6,7 +6,6 @@ than 10,000 cases, here and in test_fuzz_inputs.py; without it a few hundred.
 
 from __future__ import annotations
 
-import json
 import shutil
 import string
 from copy import deepcopy
@@ -14,18 +13,17 @@ from pathlib import Path
 
 import pytest
 from config.test_command_line_keys import KEYS as KNOWN
-from fuzzing import VALUES, WORDS, altered, check_error, damaged, fuzz, guarded, plant, refusals
-from helpers import settings, signed, stop_after
+from fuzzing import VALUES, WORDS, check_error, damaged, fuzz, guarded, plant, refusals
+from helpers import settings
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chainlora import inspect_run, load_config, make_config, train
+from chainlora import load_config, make_config, train
 from chainlora.chain.adapters import import_adapter
 from chainlora.cli.main import run as command
 from chainlora.config.reading import dump_config
 from chainlora.config.yaml_text import parse_yaml
 from chainlora.errors import ChainLoRAError, ConfigError
-from chainlora.runs.addresses import open_run
 
 KEYS = st.one_of(
     st.sampled_from(KNOWN),
@@ -92,37 +90,6 @@ def pristine(tiny_folder, sentiment, tmp_path_factory) -> Path:
     keys = {"keep_best": True, "eval_every": 1, "select_metric": "accuracy"}
     train(settings(tiny_folder, sentiment, run, train=keys))
     return run
-
-
-@pytest.fixture(scope="module")
-def begun(tiny_folder, sentiment, tmp_path_factory) -> Path:
-    """A run that was stopped inside a link."""
-    run = tmp_path_factory.mktemp("fuzz") / "run"
-    stop_after(make_config(settings(tiny_folder, sentiment, run, train={"save_every": 1})), 6)
-    return run
-
-
-@pytest.mark.parametrize("name", ["history.json", "stages/main/stage.json"])
-@fuzz(short=40, full=1500)
-@given(data=st.data())
-@guarded
-def test_a_history_of_any_values_is_refused_or_read(pristine, begun, name, tmp_path_factory, data):
-    """Its checksum is made right each time: what is checked is every check behind it."""
-    run = pristine if name == "history.json" else begun
-    text = (run / name).read_text()
-    tree = json.loads(text)
-    tree.pop("checksum", None)
-    altered(data, tree, VALUES)
-    try:
-        (run / name).write_text(signed(json.loads(json.dumps(tree))))
-    except (TypeError, UnicodeEncodeError):
-        return  # keys of several kinds are no JSON
-    try:
-        with refusals(ChainLoRAError):
-            inspect_run(run)
-            open_run(run).links()
-    finally:
-        (run / name).write_text(text)
 
 
 @fuzz(short=60, full=2000)

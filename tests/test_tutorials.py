@@ -90,7 +90,7 @@ def test_compare(checkout, capsys):
     texts = blocks(TUTORIALS / "compare.md", "yaml")
     for name, text in zip(("run.yaml", "stages.yaml"), texts, strict=True):
         (checkout / name).write_text(text, encoding="utf-8")
-    short = ["--seeds", "2", "--chain.steps", "[3]", "--backend", "inline"]
+    short = ["--seeds", "1", "--chain.steps", "[3]", "--backend", "inline"]
     lengths = ["--chain.epochs", "null", "--start_data", "none"]
     for words in commands("compare.md"):
         more = lengths if "stages.yaml" in words else []

@@ -3,15 +3,11 @@ seed; `table.py` on made-up cells, full and partial, against figures by hand."""
 
 from __future__ import annotations
 
-import importlib
 import random
-import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_rows
 
 from benchmarks.helpers_evidence_stages import script
 
@@ -108,11 +104,6 @@ def test_a_task_is_learned_from_15_points_on(table: Any) -> None:
     assert table.learned_tasks([]) == []
 
 
-def test_two_cells_of_an_arm_and_a_seed_are_refused(table: Any) -> None:
-    with pytest.raises(ValueError, match="two cells of ours, seed 1"):
-        table.verdicts([*full(), cell("ours", 1, 0.5, settings={"rank": 16})])
-
-
 def test_figures_of_an_arm(table: Any) -> None:
     """Ours: 60, 70 and 80 % of the learned tasks; of those that any arm learns, one more is at
     40 %. t of two degrees of freedom is 4.303: 4.303 · 10 / √3 = 24.8."""
@@ -172,63 +163,3 @@ def test_the_interval_over_tasks_and_rows(
         other = {"right": dict.fromkeys(tasks, 0.0)}
     assert table.over_tasks([one], [other], tasks) == pytest.approx((low, high), abs=1.0)
     assert table.over_tasks([one], [other], tasks) == table.over_tasks([one], [other], tasks)
-
-
-PARTS: Mapping[str, tuple[tuple[str, int], ...]] = {  # cells that are there
-    "none": (),
-    "replay alone": (("replay", 0),),
-    "no ceiling": (("ours", 0), ("replay", 0)),
-    "one seed": (("alone", 0), ("ours", 0), ("replay", 0)),
-    "other seeds": (("alone", 0), ("ours", 0), ("replay", 1), ("router", 2)),
-    "no base": tuple((arm, seed) for arm in ("alone", "ours", "router") for seed in (0, 1)),
-}
-
-
-@pytest.mark.parametrize("name", PARTS)
-def test_partial_results(
-    table: Any, name: str, tmp_path: Path, monkeypatch: Any, capsys: Any
-) -> None:
-    cells = [each for each in full() if (each["arm"], each["seed"]) in PARTS[name]]
-    tuned = {"arm": "IterIS", "seed": 1000, "split": "validation", "right": {"sst2": 0.5}}
-    path = write_rows(tmp_path / "results.jsonl", [*cells, tuned])
-    monkeypatch.setattr("sys.argv", ["table.py", str(path)])
-    table.main()
-    said = capsys.readouterr().out
-    assert "nan" not in said
-    assert "IterIS: 1 trials here\n" in said
-    there = {arm for arm, _ in PARTS[name]}
-    assert f"not run: {', '.join(arm for arm in table.ARMS if arm not in there)}\n" in said
-    assert ("is not known: no cell of `alone`" in said) == ("alone" not in there)
-    expected = {"one seed": "ours less replay, 10.0 (one seed)", "no base": "-15.0 [-78.5, 48.5]"}
-    assert expected.get(name, "ours less replay, –") in said
-    is_short = ("ours", 0) in PARTS[name] and ("ours", 1) not in PARTS[name]
-    assert ("ours: seeds [1, 2] have not run" in said) == is_short
-
-
-# --- the picture ---
-
-
-def test_the_picture_shows_means_intervals_and_what_has_not_run(
-    tmp_path: Path, monkeypatch: Any
-) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "docs/figures"))
-    picture = importlib.import_module("field")
-    svg = picture.field(write_rows(tmp_path / "results.jsonl", full()))
-    texts = re.findall(r">([^<>]+)</text>", svg)
-    names = [
-        "router, 14 adapters",
-        "80.0 (3)",
-        "chainlora",
-        "70.0 (3)",
-        "links, replay",
-        "50.0 (3)",
-    ]
-    assert [text for text in texts if text in names] == names  # best first
-    assert {"each stage alone 90.0", "the base 10.0"} <= {*texts}
-    assert next(text for text in texts if "Not run" in text).startswith("Not run: mean of updates")
-    (dot,) = re.findall(r'cx="([\d.]+)" cy="[\d.]+" r="6" class="blue"', svg)
-    (low, high) = re.findall(r'd="M([\d.]+) [\d.]+L([\d.]+) [\d.]+" class="blue-line"', svg)[0]
-    places = [picture.LEFT + (picture.RIGHT - picture.LEFT) * x for x in (0.7, 0.452, 0.948)]
-    assert [float(x) for x in (dot, low, high)] == pytest.approx(places, abs=0.2)
-    with pytest.raises(ValueError, match="no verdict cells of `ours`, or no task"):
-        picture.field(write_rows(tmp_path / "few.jsonl", full()[:2]))

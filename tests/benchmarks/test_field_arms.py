@@ -105,13 +105,6 @@ def test_an_arm_makes_a_cell_that_is_not_computed_again(field: Any, runner: Any,
     assert again.cell(arm, 0, SETTINGS[arm], "test") == json.loads(json.dumps(cell))
 
 
-def test_one_lora_on_all_rows_at_once_learns_every_task(field: Any, runner: Any) -> None:
-    folder = runner.results.parent / "long"
-    long = field.Runner(runner.plan | {"epochs": 30}, runner.data, folder)
-    cell = long.cell("all at once", 1, {"rate": 0.01, "rank": 8}, "test")
-    assert min(cell["right"].values()) > 0.75  # chance: 0.5
-
-
 def test_the_share_that_the_router_gives_to_the_right_task_is_computed_afterwards(
     field: Any, runner: Any
 ) -> None:

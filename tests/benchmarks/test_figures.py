@@ -75,17 +75,6 @@ def test_a_picture_is_that_of_the_committed_results(name):
     assert svg == picture(name), f"python docs/figures/draw.py --only {name}"
 
 
-def test_the_gains_of_soft_knots_are_those_of_the_readme():
-    gains = script("gains")
-    equal, twice = gains.lab_gains(1), gains.lab_gains(2)
-    assert len(equal) == 18
-    assert len(twice) == 7
-    assert all(gain.interval[1] < 0 for gain in twice)
-    assert round(max(gain.mean for gain in equal), 3) == 0.252
-    real = {gain.series: gain for gain in gains.smollm2_gains()}["long"]
-    assert [round(x, 3) for x in (real.mean, *real.interval)] == [0.093, 0.090, 0.097]
-
-
 # --- theory, as a user runs it
 
 

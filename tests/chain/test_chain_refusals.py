@@ -17,7 +17,6 @@ from transformers.integrations.finegrained_fp8 import FP8Linear
 
 from chainlora import Chain, ChainLoRAError, Link, LinkConfig, stack_links
 from chainlora.chain.adapters import Factors
-from chainlora.chain.holding import HOLDINGS
 from chainlora.errors import ModelError
 
 
@@ -242,18 +241,3 @@ def test_torch_s_own_encoder_layer_runs_its_links_without_gradients():
         assert not torch.equal(live, before)
         # the merge adds in the other order: roundings of sums of some tens
         torch.testing.assert_close(chain.model(x), live)
-
-
-def test_a_holding_of_ones_own_is_a_class_and_an_entry(monkeypatch):
-    class Mine(HOLDINGS["tied"]):
-        """Counts how often weights are written."""
-
-        times = 0
-
-        def settle(self, links, adapter):
-            super().settle(links, adapter)
-            Mine.times += 1
-
-    monkeypatch.setitem(HOLDINGS, "mine", Mine)
-    chain = tuned_chain("opt", 2, hold="mine")
-    assert (chain.hold, Mine.times) == ("mine", 2)

@@ -36,16 +36,14 @@ train.lora_plus_ratio: 4}
 chain.epochs: [0.5, 0.25], chain.steps: null, train.restart_schedule: true,
 train.restart_warmup_steps: 1, train.dtype: bfloat16, train.gradient_checkpointing: true}
 """,
-    "plain": "{train.optimizer: sgd, train.speedups: 'off'}",
-    "knots alone": "{train.eval_at_knots: false}",
-    "soft knots": """
-{chain.knots.every: 1, chain.knots.share: 0.5, chain.knots.follow_rate: true,
-chain.knots.moments: new, chain.knots.policy: spaced}
+    "plain": "{train.optimizer: sgd, train.speedups: 'off', chain.knots: auto}",
+    "time constant": """
+{chain.knots.time_constant: 3, train.optimizer_options: {amsgrad: true}, train.eval_at_knots: false}
 """,
-    "time constant": "{chain.knots.time_constant: 3, train.optimizer_options: {amsgrad: true}}",
-    "automatic knots": "{chain.knots: auto}",
-    "rows": """
-{data.num_train: 16, data.num_validation: 4, data.max_length: 64, data.truncation: left,
+    "soft knots and rows": """
+{chain.knots.every: 1, chain.knots.share: 0.5, chain.knots.follow_rate: true,
+chain.knots.moments: new, chain.knots.policy: spaced,
+data.num_train: 16, data.num_validation: 4, data.max_length: 64, data.truncation: left,
 data.shots: 1, data.data_seed: 3, data.new_rows_only: true, data.keep_rows: false,
 data.keep_conflicts: true}
 """,

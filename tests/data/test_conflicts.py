@@ -48,25 +48,6 @@ def pairs_of(kept: Kept) -> list[tuple[int, int]]:
     return [(each.prompt[-1] - 5, each.sequences[0][-1] - 50) for each in kept.train]
 
 
-@pytest.mark.parametrize(
-    ("stages", "left"),
-    [
-        ([[(1, 1), (2, 2)], [(1, 9)]], [[(2, 2)], [(1, 9)]]),
-        ([[(1, 1), (1, 2)], [(1, 2), (1, 3)]], [[(1, 2)], [(1, 2), (1, 3)]]),  # several answers
-        ([[(1, 1)], [(1, 2)], [(1, 1)]], [[(1, 1)], [], [(1, 1)]]),  # changed, and changed back
-        ([[(1, 1)], [], [(1, 2)]], [[], [], [(1, 2)]]),
-    ],
-)
-def test_the_last_stage_with_a_prompt_says_what_its_answers_are(stages, left):
-    kept = {str(n): of(*pairs) for n, pairs in enumerate(stages)}
-    found = newest(kept)
-    assert [*found] == [*kept]
-    assert [pairs_of(each) for each in found.values()] == left
-    for name, each in found.items():
-        assert each.answers is kept[name].answers
-        assert (each is kept[name]) == (len(each.train) == len(kept[name].train))
-
-
 _PAIRS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2)), max_size=6)
 _STAGES = st.lists(_PAIRS, min_size=1, max_size=4)
 
@@ -254,12 +235,6 @@ def months(tiny_folder, done):
     return Path("run")
 
 
-def words_read(run, tokenizer, stage):
-    """Return the answers to the changed prompt that a stage would read."""
-    found = prepare_splits(stage.config.data, tokenizer, 128, earlier=open_run(run).kept())
-    return {each.references[0].strip() for each in found.train} & {"two birds", "no cat"}
-
-
 TOLD = (
     'april: 1 prompt has other answers than in january, february, e.g. "How much is it?" '
     '(was "two birds", now "no cat"); '
@@ -273,6 +248,11 @@ def test_a_changed_answer_is_told_once(months, done, caplog):
     assert caplog.text.count(f"{TOLD}the newest answer counts (--keep-conflicts keeps") == 1
     kept = open_run(months).kept()
     assert [len(each.train) for each in kept.values()] == [5, 2, 2]  # and scored as before
+    done("extend", months, "april.jsonl", "--name", "both", "--keep-conflicts")
+    history = json.loads((months / "history.json").read_text())
+    recipes = [e.get("recipe", {}) for e in history["entries"] if e["kind"] == "combine"]
+    told = [recipe.get("keep_conflicts", False) for recipe in recipes]
+    assert told == [False, False, True]  # a combination has what its last stage says
 
 
 def test_on_top_both_answers_count_if_told(months, done, caplog):
@@ -287,11 +267,3 @@ def test_on_top_both_answers_count_if_told(months, done, caplog):
     assert caplog.text.count("april: 1 prompt has other answers than in january, e.g. ") == 2
     assert caplog.text.count("; both count (data.keep_conflicts)") == 1
     done("extend", "both", "february.jsonl", "--on-top", "--dry-run")
-
-
-def test_a_combination_is_declared_with_what_its_last_stage_says(months, done):
-    done("extend", months, "february.jsonl")
-    done("extend", months, "april.jsonl", "--keep-conflicts")
-    history = json.loads((months / "history.json").read_text())
-    found = [e.get("recipe", {}) for e in history["entries"] if e["kind"] == "combine"]
-    assert [each.get("keep_conflicts", False) for each in found] == [False, True]

@@ -156,16 +156,6 @@ def test_a_row_too_long_is_named_with_length_limit_and_remedy(colour, tmp_path):
     assert len(free[1].prompt) == 18
 
 
-def test_a_cut_row_keeps_a_token_of_its_prompt_beside_the_first_of_all_rows():
-    tokenizer, row = make_tokenizer("bos"), {"prompt": "the big dogs", "completion": " two"}
-    (whole,) = encode_examples([row], tokenizer, "auto")
-    learned = len(whole.sequences[0]) - whole.scored[0][0][0]
-    (cut,) = encode_examples([row], tokenizer, "auto", max_length=learned + 2, truncation="cut")
-    assert cut.sequences[0][1:2] == whole.sequences[0][-learned - 1 : -learned]
-    with pytest.raises(DataError, match=rf"got {learned + 2} tokens for at most {learned + 1} at"):
-        encode_examples([row], tokenizer, "auto", max_length=learned + 1, truncation="cut")
-
-
 # --- formats ---
 
 

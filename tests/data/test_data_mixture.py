@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
 import pytest
-import torch
 from helpers_data import encode_examples, make_tokenizer
 from helpers_tasks import write_task
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from chainlora import make_config
 from chainlora.data.examples import Example
 from chainlora.data.mixture import Mixture, example_hashes, prompt_hashes
 from chainlora.data.rows import MemoryRows
 from chainlora.data.tasks import load_task
-from chainlora.training.batches import make_batches
 
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=4)
 WEIGHTS = st.sampled_from([0.1, 0.25, 0.5, 1, 1.5, 2, 2.2, 3])
@@ -137,52 +133,3 @@ def test_rows_without_a_prompt_are_told_apart_by_all_they_say_and_blocks_go_toge
     examples = [row(0, (), (5, 6)), row(1, (), (5, 7)), row(2, (), (5, 6))]
     labelled = replace(examples[0], label=0)
     assert len(set(example_hashes(MemoryRows([*examples, labelled])).tolist())) == 3
-
-
-# --- the order of an epoch ---
-
-
-def batches_of_version_0_1(lengths, batch_size, seed, epoch, group_by_length=False):
-    """The function of version 0.1, word for word: committed results and resumed runs hang on it."""
-    digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    order = torch.randperm(len(lengths), generator=generator).tolist()
-    if group_by_length:
-        window = 32 * batch_size
-        order = [
-            row
-            for start in range(0, len(order), window)
-            for row in sorted(order[start : start + window], key=lambda row: lengths[row])
-        ]
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    if group_by_length:
-        batches = [
-            batches[index] for index in torch.randperm(len(batches), generator=generator).tolist()
-        ]
-    return batches
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    num_rows=st.integers(1, 400),
-    batch_size=st.integers(1, 9),
-    accumulation=st.integers(1, 4),
-    seed=st.integers(0, 5),
-    group=st.booleans(),
-    data=st.data(),
-)
-def test_steps_see_the_rows_they_saw_in_version_0_1(
-    num_rows, batch_size, accumulation, seed, group, data
-):
-    train = {"batch_size": batch_size, "gradient_accumulation": accumulation}
-    train |= {"seed": seed, "group_by_length": group}
-    tree = {"model": "none", "data": {"train": "none.jsonl"}, "train": train}
-    config = make_config(tree | {"chain": {"ranks": [1], "steps": [1]}})
-    lengths = [(7 * number) % 31 + 2 for number in range(num_rows)]
-    rows = [Example(k, (tuple(range(n)),), (((1, 2),),)) for k, n in enumerate(lengths)]
-    plan = make_batches(config, MemoryRows(rows))
-    # Steps in any order, as a resumed run and steps packed ahead ask for them.
-    for step in data.draw(st.lists(st.integers(0, 5 * plan.steps_per_epoch), max_size=12)):
-        epoch, within = divmod(step, plan.steps_per_epoch)
-        old = batches_of_version_0_1(lengths, batch_size, seed, epoch, group)
-        assert plan.batches(step) == old[within * accumulation : (within + 1) * accumulation]

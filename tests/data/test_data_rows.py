@@ -7,12 +7,12 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from faults.lives import live, start, wait
 from helpers import assert_same_links
 from helpers_data import CHAT, TALK, make_tokenizer
 from helpers_tasks import write_as, write_rows
@@ -236,58 +236,36 @@ def test_a_cache_that_cannot_be_written_says_what_to_do(cache, tmp_path, monkeyp
 
 # --- several processes, and dead ones ---
 
-CHILD = """
-import json, sys
-from chainlora.data import preparing
-from chainlora.data.encoding import Options
-from chainlora.data.sources import FileSource
-from pathlib import Path
-from transformers import AutoTokenizer
-
-preparing.IN_MEMORY, preparing._CHUNK = 20, 10
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-say = lambda rows, share: print("encoded", rows, flush=True)
-source = FileSource(Path(sys.argv[2]))
-rows = preparing.make_rows(source, tokenizer, "text", Options(), progress=say)
-print("done", len(rows), rows.summary.digest, flush=True)
-"""
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="lives are forked")
 
 
-def start(folder: Path, path: Path, **keys) -> subprocess.Popen:
-    """Start a process that encodes the rows of a file, and let it begin."""
-    command = [sys.executable, "-c", CHILD, folder, path]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, text=True, **keys)
+def building(path: Path, tell: Callable[[], object]) -> Callable[[], object]:
+    """Return what encodes the rows of a file, and calls `tell` after each chunk."""
+    keys = {"progress": lambda *_: tell()}
+    return lambda: make_rows(FileSource(path), make_tokenizer("bos"), "text", Options(), **keys)
 
 
-def test_a_killed_builder_leaves_no_store_and_two_at_once_build_one(
-    cache, tmp_path, tiny_folder, tokenizer
-):
+@needs_fork
+def test_a_killed_builder_leaves_no_store_and_two_at_once_build_one(cache, tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", some_rows("text", 2000))
-    process = start(tiny_folder, path)
-    assert process.stdout.readline().startswith("encoded")
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    killed = live(building(path, lambda: signal.raise_signal(signal.SIGKILL)))
+    assert killed.status == -signal.SIGKILL
     (beside,) = stores(cache)
     assert beside.name.endswith(".new")
-    process = start(tiny_folder, path)
-    assert process.stdout.readline().startswith("encoded")
-    rows, made = encode(path, tokenizer)
-    assert not made
-    told = process.communicate()[0].splitlines()[-1]
-    assert told == f"done 2000 {rows.summary.digest}"
+    reader, writer = os.pipe()
+    other = start(building(path, lambda: os.write(writer, b".")))
+    os.read(reader, 1)  # it has begun
+    assert not encode(path)[1]
+    assert wait(other).status == 0
     (store,) = stores(cache)
     assert not store.name.endswith(".new")
 
 
-@pytest.mark.slow  # a process that encodes until it is interrupted
-def test_an_interrupt_ends_it_and_leaves_no_store(cache, tmp_path, tiny_folder):
-    path = write_rows(tmp_path / "rows.jsonl", some_rows("text", 6000))
-    process = start(tiny_folder, path, stderr=subprocess.PIPE)
-    assert process.stdout.readline().startswith("encoded")
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
-    assert errors.rstrip().endswith("KeyboardInterrupt")
+@needs_fork
+def test_an_interrupt_ends_it_and_leaves_no_store(cache, tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", some_rows("text", 200))
+    end = live(building(path, lambda: signal.raise_signal(signal.SIGINT)))
+    assert (end.status, end.message) == (1, "interrupted")
     assert stores(cache) == []
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import tracemalloc
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-import yaml
 from helpers_tasks import write_as, write_rows, write_task
 
 from chainlora import evaluate_task
@@ -116,32 +114,6 @@ def test_a_csv_file_of_another_program_is_read_and_says_how(tmp_path, content, t
     assert source.num_rows() == 2
     remark = re.sub(r"\('.*Köln.*?'\)", "('…Köln…')", source.remark())
     assert remark == (told and f"{path}: read {told}")
-
-
-def test_an_excel_file_trains_and_says_how_it_is_read_once(
-    chainlora, tiny_folder, sentiment, tmp_path, caplog
-):
-    lines = [" prompt;completion ", *(f"the cät {n};{n}" for n in range(8)), ";", "café;x"]
-    path = tmp_path / "rows.csv"
-    path.write_bytes("\r\n".join(lines).encode("cp1252"))
-    tree = {"model": str(tiny_folder), "output": str(tmp_path / "run"), "start_data": "none"}
-    tree |= {"data": {"train": str(path)}, "chain": {"ranks": [2], "steps": [1]}}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
-    done = chainlora("train", tmp_path / "config.yaml")
-    assert done.status == 0, done.err
-    assert caplog.messages == [
-        f"{path}: read as Windows-1252 ('the cät 0;0'), separated by semicolons, without the "
-        "blanks around ' prompt', 'completion ', without 1 empty row"
-    ]
-    caplog.clear()
-    shutil.copy(sentiment / "task.yaml", tmp_path)
-    told = ["text;label", *(f"the cät {n};{n % 2}" for n in range(40))]
-    for split in ("train", "validation"):
-        (tmp_path / f"{split}.csv").write_bytes("\n".join(told).encode("cp1252"))
-    asked = ("--task", tmp_path / "task.yaml", "--data", tmp_path, "--split", "validation")
-    scored = chainlora("eval", tiny_folder, *asked)
-    assert scored.status == 0, scored.err
-    assert ["validation.csv: read as Windows-1252" in said for said in caplog.messages] == [True]
 
 
 def test_a_folder_with_one_split_in_two_files_is_refused(tmp_path):

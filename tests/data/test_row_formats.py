@@ -276,21 +276,3 @@ def test_text_is_scored_otherwise_than_answers(train, validation, said, tmp_path
     assert [record.message[: len(said)] for record in caplog.records] == [said] * bool(said)
     check_files(data.model_copy(update={"format": "text"}), None)
     assert len(caplog.records) == bool(said)
-
-
-def test_a_column_of_another_format_is_named_and_not_looked_into(tmp_path, caplog):
-    row = {"instruction": "Say 0", "output": "0", "conversations": 3}
-    data = DataConfig(train=str(write_rows(tmp_path / "rows.jsonl", [row])))
-    assert len(prepare_splits(data, make_tokenizer("", CHAT), 128).train) == 1
-    assert "train: not read: 'conversations'" in caplog.text
-
-
-def test_what_was_recognised_is_reported(tmp_path, caplog):
-    tokenizer = make_tokenizer("", CHAT)
-    rows = [{"conversations": SHAREGPT, "id": "a"}] * 2
-    data = DataConfig(train=str(write_rows(tmp_path / "rows.jsonl", rows)))
-    found = prepare_splits(data, tokenizer, 128).report()["train"]
-    assert (found["recognised"], found["rows"], found["unread"]) == ("sharegpt", 2, ["id"])
-    assert "train: not read: 'id'" in caplog.text
-    data = data.model_copy(update={"format": "sharegpt"})
-    assert "recognised" not in prepare_splits(data, tokenizer, 128).report()["train"]

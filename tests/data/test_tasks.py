@@ -156,28 +156,3 @@ def test_a_split_that_stands_in_for_train_keeps_its_test_rows_apart_and_fixed(of
     assert {row.index for row in two["test"]} < indices[2]
     assert one["train"] != two["train"]
     assert not {row.index for row in two["train"] + two["validation"]} & indices[2]
-
-
-DRAWN = {
-    "sst2": (1000, 500, 872),
-    "rte": (1000, 500, 277),
-    "cb": (150, 100, 56),
-    "boolq": (1000, 500, 1000),
-    "wsc": (54, 500, 104),
-    "wic": (1000, 500, 638),
-    "multirc": (1000, 500, 1000),
-    "copa": (300, 100, 100),
-    "gsm8k": (1000, 500, 1000),
-    "dialogsum": (400, 100, 500),
-}
-
-
-@pytest.mark.parametrize("name", DRAWN)
-def test_rows_of_the_real_data_that_a_run_draws_are_rendered(name, shared_data):
-    task = load_task(name)
-    drawn = sample_splits(task, shared_data)
-    assert tuple(map(len, drawn.values())) == DRAWN[name]
-    assert len(task.render_all(drawn["train"])) == DRAWN[name][0]
-    if name == "wsc":
-        saner = sample_splits(task, shared_data, sampling="saner")
-        assert tuple(map(len, saner.values())) == (450, 104, 104)

@@ -70,13 +70,6 @@ def test_what_an_experiment_file_cannot_say(tiny_folder, sentiment, keys, words)
     assert "\n" not in str(error.value)
 
 
-def test_a_file_is_read_with_overrides(written, tmp_path):
-    with pytest.raises(ConfigError, match="must be readable"):
-        load_experiment(tmp_path / "none.yaml")
-    changed = load_experiment(written(), [("base.train.batch_size", "4")])
-    assert changed.base["train"]["batch_size"] == 4
-
-
 @pytest.mark.slow  # some have hundreds of cells
 @pytest.mark.parametrize(
     "path",

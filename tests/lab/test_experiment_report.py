@@ -77,16 +77,6 @@ def test_losses_are_not_pooled_with_perplexities(tmp_path, metric, is_pooled):
     assert ("all tasks" in {each.task for each in report.comparisons}) == is_pooled
 
 
-def test_a_pair_that_lacks_a_task_is_judged_on_the_others(tmp_path):
-    def lacking(cell):
-        return None if (cell["task"], cell["method"]) == ("cb", "chain3") else cell
-
-    pairs = [["chain3", "lora"], ["zero_shot", "lora"]]
-    text = told(tmp_path, lacking, pairs=pairs)
-    assert "- too few pairs to compare chain3 with lora on wsc: " in text
-    assert "- zero_shot is worse than lora over all tasks: " in text
-
-
 # --- methods ---
 
 
@@ -276,24 +266,15 @@ def test_the_report_breaks_even_where_the_package_ties_no_soft_knot():
 
 def test_the_page_of_an_experiment(tmp_path):
     figures = ["scores", "differences", "curves"]
-    results = change(tmp_path / "results.jsonl", with_curve, figures=figures)
-    report = report_experiment(results)
-    assert tmp_path / "report.html" in report.files
+    report_experiment(change(tmp_path / "results.jsonl", with_curve, figures=figures))
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    lead = re.findall(r'<p class="lead">(.*?)</p>', page)
-    assert lead[0].startswith(
-        "chain3 is better than lora over all tasks: score +2.05 (above 0 is better; 95 % "
-    )
-    assert len(page.encode()) < 3e6
-    heads, *rows = table(page, "Scores: wsc")
-    assert heads == ["method", "seeds", "mean"]
+    assert '<p class="lead">chain3 is better than lora over all tasks: score +2.05 ' in page
+    _, *rows = table(page, "Scores: wsc")
     assert rows[0][:2] == ["lora", "60.00, 61.00, 62.00, 63.00, 64.00, 65.00"]
     heads, *rows = table(page, "Means, with 95 % intervals where seeds allow one")
     assert heads == ["step", "lora (n=6)", "chain3 (n=6)"]
     assert [row[0] for row in rows] == ["0", "2", "4", "6", "8", "10"]
     assert re.fullmatch(r"2\.0250 \(2\.0\d+ to 2\.0\d+\)", rows[0][1])
-    for text in ("Paired differences: all tasks", ">wins</text>", "points</text>"):
-        assert text in page
     for title in ("Scores", "Paired differences in score", "Cost"):
         assert table(page, title), title
 

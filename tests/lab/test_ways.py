@@ -296,9 +296,3 @@ def test_all_at_once_reads_as_many_rows_as_stages_of_default_lengths(stages, tmp
     cell, _ = expand(comparison(config, ["all_at_once", "base"], [0]))
     (epochs,) = _of_all(Case(cell.config)).chain.epochs
     assert epochs * 740 == pytest.approx(7 * 100 + 640)
-
-
-def test_a_model_may_be_a_section(stages):
-    config = yaml.safe_load(stages().read_text())
-    cells = expand(comparison(config | {"model": {"name": config["model"]}}, ["ewc", "base"], [0]))
-    assert {cell.config.model for cell in cells} == {config["model"]}

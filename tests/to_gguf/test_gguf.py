@@ -228,9 +228,7 @@ PHI3 = {"</s>": True, "<|end|>": True, "<s>": False, "<|endoftext|>": False, "<u
     [
         ("llama", "my-PHI3-notes", {}, "my-Phi 3-notes"),
         ("llama", "phi-3", {"<|end|>": True}, "Phi 3"),
-        ("llama", "notes", {}, "notes"),
         ("phi3", "notes", PHI3, "Phi-3 notes"),
-        ("phi3", "Phi-3-mini", PHI3, "Phi-3-mini"),
     ],
 )
 def test_a_folders_name_does_not_change_what_llama_cpp_does(tmp_path, model, folder, tokens, name):

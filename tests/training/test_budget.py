@@ -56,18 +56,6 @@ def test_the_norm_is_taken_on_the_host():
     assert norm == pytest.approx(float(sum(d.square().sum() for d in deltas)) ** 0.5, rel=1e-5)
 
 
-def test_shares_follow_the_rate(configure):
-    """Those of the next step's rate: they end with the schedule, a restarted one begins anew."""
-    soft = {"every": 2, "share": 0.5, "follow_rate": True}
-    seen = []
-    chain = {"ranks": [2, 2], "steps": [6, 5], "knots": soft}
-    train(configure(chain=chain), listener=seen.append)
-    shares = [(event.step, event.share) for event in seen if event.name == "soft_knot"]
-    expected = [(step, 0.5 * (1 - step / 11)) for step in (2, 4, 8, 10)]  # 6 ends a link
-    assert [step for step, _ in shares] == [step for step, _ in expected]
-    assert [share for _, share in shares] == pytest.approx([share for _, share in expected])
-
-
 # --- schedules ---
 
 

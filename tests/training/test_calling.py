@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import builtins
-import io
 import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import warnings
 from contextlib import nullcontext
 from typing import get_type_hints
@@ -154,38 +151,6 @@ def test_the_time_left_counts_evaluations(capsys, monkeypatch):
     assert [line.rsplit(", ", 1)[1] for line in (told[4], told[9])] == ["4:25 left", "4:20 left"]
 
 
-def test_what_a_stage_shows_is_its_own(capsys):
-    with progress_listener() as listener:
-        for loss, log_every in ((9.0, 10), (1.0, 2)):
-            listener(Planned(0, 10, [10], 8, "packed", 1, [], {}, log_every=log_every))
-            for step in range(1, 11):
-                listener(StepDone(step, 0, loss, 1e-3, 1.0, int(10 * loss), loss))
-    first, *second = [line for line in capsys.readouterr().err.splitlines() if "loss" in line]
-    assert "loss 9.0000" in first
-    assert len(second) == 5
-    assert all("loss 1.0000 (smoothed), 10 tokens/s" in line for line in second)
-    assert ["left" in line for line in second] == [False, False, True, True, True]
-
-
-class Terminal(io.StringIO):
-    """What stands for a terminal on stderr."""
-
-    def isatty(self) -> bool:
-        return True
-
-
-def test_a_stage_does_not_show_the_bar_of_the_one_before(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    with progress_listener() as listener:
-        for total in (2, 3):
-            before = len(sys.stderr.getvalue())
-            listener(Planned(0, total, [total], 8, "packed", 1, [], {}))
-            listener(StepDone(total, 0, 1.0, 1e-3, 1.0, 10, 1.0))
-    shown = sys.stderr.getvalue()[before:]
-    assert "3/3 loss 1.0000" in shown
-    assert "2/2" not in shown
-
-
 @pytest.mark.parametrize("at_knots", [True, False])
 def test_the_plan_says_when_rows_will_be_scored(tree, at_knots):
     seen = []
@@ -210,42 +175,3 @@ def test_a_notebook_gets_lines_and_needs_no_widgets(monkeypatch, capsys):
     shown = capsys.readouterr()
     assert lines_of_steps(shown.err) == [1, 2]
     assert shown.out == ""
-
-
-def test_without_stderr_nothing_is_shown(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stderr", None)
-    say(2, total=2)
-    assert capsys.readouterr().out == ""
-
-
-# --- the command line ---
-
-
-def test_the_first_line_comes_before_what_takes_time(config):
-    """Measured in CPU seconds of the process, since the machine may be busy."""
-    code = (
-        "import os, sys, time\n"
-        "class Watch:\n"
-        "    def __init__(self, stream): self.stream = stream\n"
-        "    def write(self, text):\n"
-        "        if text.strip():\n"
-        "            used = time.process_time()\n"
-        "            print(used, 'torch' in sys.modules, text.strip(), flush=True)\n"
-        "            os._exit(0)\n"
-        "        return self.stream.write(text)\n"
-        "    def __getattr__(self, name): return getattr(self.stream, name)\n"
-        "sys.stderr = Watch(sys.stderr)\n"
-        "from chainlora.__main__ import main\n"
-        "main()\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "train", str(config), "--dry-run"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    used, has_torch, text = done.stdout.split(maxsplit=2)
-    assert text.startswith(f"{config}: links of rank 4, 4, 2 on ")
-    assert has_torch == "False"
-    assert float(used) < 1.0

@@ -63,7 +63,7 @@ def test_a_resume_takes_what_was_decided_at_the_start(configure, tmp_path, later
     assert None not in decided[0].values()
 
 
-@pytest.mark.parametrize("kind", ["completion", "pair", "candidates"])
+@pytest.mark.parametrize("kind", ["pair", "candidates"])
 def test_soft_knots_are_paced_by_learned_tokens_a_parameter_and_short_runs_are_warned(
     kind, tiny_folder, tmp_path, caplog
 ):
@@ -72,7 +72,6 @@ def test_soft_knots_are_paced_by_learned_tokens_a_parameter_and_short_runs_are_w
     What is learned is the right answer alone: a wrong one counts neither here nor in the result.
     """
     make = {
-        "completion": lambda i: {"prompt": f"{i} is", "completion": " cat" * (1 + i % 3)},
         "pair": lambda i: {"prompt": "a", "chosen": " cat" * (1 + i % 3), "rejected": " sat" * 5},
         "candidates": lambda i: {"text": "a", "label": i % 2},
     }[kind]
@@ -122,29 +121,27 @@ def test_a_link_that_ends_before_its_warm_up_is_named(tiny_folder, tmp_path, cap
 
 
 def test_keys_that_have_no_effect_are_named(tiny_folder, tmp_path, caplog):
-    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "the cat sat"}] * 4)
-    chain = {"ranks": [1], "steps": [3], "knots": {"every": 3, "share": 0.1}}
+    rows = str(write_rows(tmp_path / "rows.jsonl", [{"text": "the cat sat"}] * 4))
+
+    def told(chain=(), train_keys=(), **data) -> str:
+        caplog.clear()
+        tree = {"model": str(tiny_folder), "data": {"train": rows} | data}
+        tree |= {"chain": {"ranks": [1], "steps": [3]} | dict(chain)}
+        train(tree | {"train": dict(train_keys)})
+        return caplog.text
+
     keys = {"eval_every": 2, "select_metric": "loss"}
-    data = {"train": str(rows), "validation": None}
-    train({"model": str(tiny_folder), "data": data, "chain": chain, "train": keys})
-    assert "main: train.eval_every has no effect without validation rows" in caplog.text
-    assert "main: train.select_metric has no effect" in caplog.text
-    assert "no soft knot comes: they are 3 steps apart, and the longest link has 3" in caplog.text
-
-
-def test_keys_that_have_no_effect_with_other_keys_are_named(tiny_folder, tmp_path, caplog):
-    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "the cat sat"}] * 4)
+    text = told({"knots": {"every": 3, "share": 0.1}}, keys)
+    assert "main: train.eval_every has no effect without validation rows" in text
+    assert "main: train.select_metric has no effect" in text
+    assert "no soft knot comes: they are 3 steps apart, and the longest link has 3" in text
     keys = {"keep_best": True, "optimizer": "sgd", "betas": (0.9, 0.9), "lr": 1e-4}
-    data = {"train": str(rows), "validation": str(rows), "data_seed": 3}
-    tree = {"model": str(tiny_folder), "data": data, "chain": {"ranks": [1], "steps": [3]}}
-    train(tree | {"train": keys})
-    told = "main: {} has no effect".format
+    text = told((), keys, validation=rows, data_seed=3)
     for key in ("train.keep_best", "train.betas", "data.data_seed"):
-        assert told(key) in caplog.text
-    assert told("train.eps") not in caplog.text
-    caplog.clear()
-    train(tree | {"train": {"keep_best": True, "eval_every": 1}, "data": data | {"data_seed": 0}})
-    assert "has no effect" not in caplog.text
+        assert f"main: {key} has no effect" in text
+    assert "train.eps" not in text
+    used = {"keep_best": True, "eval_every": 1}
+    assert "has no effect" not in told((), used, validation=rows)
 
 
 def test_a_trainer_paces_them_by_its_collator_s_labels(tiny_folder, tokenizer, tmp_path, caplog):

@@ -243,12 +243,3 @@ def test_a_state_that_a_resume_could_not_read_is_refused_before_training(monkeyp
     monkeypatch.setitem(OPTIMIZERS, "remembering", lambda groups, c: Remembering(groups, c.lr))
     with pytest.raises(ConfigError, match=r"must suit remembering on cpu .*2 elements"):
         check_optimizer(config_for("remembering"), CPU)
-
-
-@quiet
-def test_eight_bits_have_soft_knots_with_new_moments():
-    knots = {"every": 1, "share": 0.3}
-    config = config_for("adamw_8bit", chain={"knots": knots})
-    with pytest.raises(ConfigError, match=r"scale each moment \(got .*state1.*moments: new"):
-        check_optimizer(config, CPU)
-    check_optimizer(config_for("adamw_8bit", chain={"knots": knots | {"moments": "new"}}), CPU)

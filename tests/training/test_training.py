@@ -13,7 +13,7 @@ from helpers import links_of, plain_chain, records_of, stage_dir, training_examp
 from helpers_integrations import peft_model, trained_by_peft
 from transformers import AutoModelForCausalLM
 
-from chainlora import export_adapter, load_run, make_config, train
+from chainlora import load_run, make_config, train
 from chainlora.errors import ChainLoRAError
 from chainlora.runs.addresses import open_run
 from chainlora.training.batches import make_batches
@@ -174,36 +174,3 @@ def test_epochs_split_steps_at_the_knots(configure, tokenizer):
     assert plan.lengths == (4, 2, 2)
     rows = [row for step in range(4) for batch in plan.batches(step) for row in batch]
     assert sorted(rows) == list(range(32))  # an epoch sees every row once
-
-
-def test_a_link_after_a_pruned_reset_starts_with_steps_of_bounded_size(configure, tmp_path):
-    """B is 0 there, so the gradient of A is: a first moment kept without its second would be
-    divided by eps alone."""
-    keys = {"optimizer": "relora", "optimizer_options": {"prune": 0.5}, "lr": 1e-2}
-    train(configure(chain={"steps": [8, 3], "ranks": [4, 4]}, train=keys))
-    _, link = open_run(tmp_path / "run").links()
-    for factors in link.factors.values():
-        # drawn within 1/√32, then three steps of at most lr · 0.1/√0.001 (AdamW's largest, after
-        # zero gradients) each
-        assert factors.a.abs().max() <= 32**-0.5 + 3 * 1e-2 * 0.1 / 0.001**0.5
-
-
-def test_a_run_with_soft_knots(tiny_folder, configure, tmp_path):
-    soft = {"time_constant": 14}  # a twelfth of it is a knot every step but the last of a link
-    run = tmp_path / "run"
-    result = train(configure(chain={"knots": soft, "ranks": [4, 2], "steps": [8, 6]}))
-    records = records_of(run)
-    knots = [record for record in records if record["event"] == "soft_knot"]
-    assert [record["step"] for record in knots] == [*range(1, 8), *range(9, 14)]
-    assert len({record["share"] for record in knots if record["link"] == 0}) == 1
-    changes = [record["function_change"] for record in records if record["event"] == "knot"]
-    assert max(changes) < 1e-3  # stored to 3e-3 of the update, which is small beside the weights
-    assert [link["rank"] for link in result["links"]] > [4, 2]
-    assert all(0 < link["error"] <= 3e-3 for link in result["links"])
-    model, _ = load_run(run)
-    adapter = export_adapter(run, tmp_path / "adapter")
-    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
-    ids = torch.tensor([[5, 9, 30, 7]])
-    torch.testing.assert_close(adapted(ids).logits, model(ids).logits, atol=1e-5, rtol=0)
-    assert adapter["rank"] == sum(link["rank"] for link in result["links"])
