@@ -57,9 +57,8 @@ def test_a_run_that_is_not_there_is_told_with_what_was_looked_for(chainlora, tas
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ("--data.task rt", "did you mean 'rte'"),
-        ("--data.train null --data.validation null --data.dir none", "needs its 'train' rows"),
-        ("--data.train null --data.validation null", "declares no Hub dataset"),
+        ("--data.task rte", "a task must be a .yaml file"),
+        ("--data.train null --data.validation null", "`data` must name a `train` file"),
         ("--data.validation {empty}", "data must hold at least one row"),
         ("--data.train {cut}", "data must be JSON"),
         ("--data.task null --data.train {other}", "rows must have the fields of a format"),

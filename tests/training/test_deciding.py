@@ -135,15 +135,15 @@ def test_keys_that_have_no_effect_are_named(tiny_folder, tmp_path, caplog):
 def test_keys_that_have_no_effect_with_other_keys_are_named(tiny_folder, tmp_path, caplog):
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": "the cat sat"}] * 4)
     keys = {"keep_best": True, "optimizer": "sgd", "betas": (0.9, 0.9), "lr": 1e-4}
-    data = {"train": str(rows), "validation": str(rows), "data_seed": 3}
+    data = {"train": str(rows), "validation": str(rows)}
     tree = {"model": str(tiny_folder), "data": data, "chain": {"ranks": [1], "steps": [3]}}
     train(tree | {"train": keys})
     told = "main: {} has no effect".format
-    for key in ("train.keep_best", "train.betas", "data.data_seed"):
+    for key in ("train.keep_best", "train.betas"):
         assert told(key) in caplog.text
     assert told("train.eps") not in caplog.text
     caplog.clear()
-    train(tree | {"train": {"keep_best": True, "eval_every": 1}, "data": data | {"data_seed": 0}})
+    train(tree | {"train": {"keep_best": True, "eval_every": 1}})
     assert "has no effect" not in caplog.text
 
 
