@@ -74,9 +74,9 @@ def test_a_run_directory_that_is_incomplete(chainlora, finished, config, task, t
     assert not (tmp_path / "out").exists()
 
 
-def test_a_packaged_model_is_no_run_that_is_not_there(chainlora, finished, monkeypatch):
+def test_a_packaged_model_is_no_run_that_is_not_there(chainlora, finished, sentiment, monkeypatch):
     monkeypatch.chdir(finished.parent)
-    for verb in ("eval --task sst2", "generate --prompt a"):
+    for verb in (f"eval --data {sentiment}", "generate --prompt a"):
         chainlora(f"{verb} pip:no-such-package").refused("the package that holds the model must be")
 
 

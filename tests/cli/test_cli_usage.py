@@ -113,7 +113,7 @@ def test_a_locale_of_few_characters_and_closed_streams(finished, monkeypatch, ca
 
 
 # Verbs that need no model, each with every kind of path that is none.
-VERBS = ("inspect", "report", "eval --task rte", "experiment plan", "doctor")
+VERBS = ("inspect", "report", "experiment plan", "doctor")
 VERBS += ("experiment run --output o", "experiment report", "compare --methods lora --output o")
 VERBS += ("export --to merged --output o", "export --to adapter --output o", "train", "eval")
 PATHS = ("", "nope", "/", "/dev/null", ".", "-", "~", "x" * 5000, "rows.jsonl", "bytes", "empty")
