@@ -9,11 +9,16 @@ import tracemalloc
 import pyarrow
 import pyarrow.parquet
 import pytest
+<<<<<<< HEAD
 from helpers_tasks import write_as, write_rows, write_task
+=======
+import yaml
+from helpers_tasks import write_as, write_rows
+>>>>>>> mezo-1203
 
 from chainlora import evaluate_task
-from chainlora.data.sources import FileSource, find_source
-from chainlora.data.tasks import load_task, split_source
+from chainlora.data.sources import FileSource, HubSource, find_source
+from chainlora.data.tasks import load_task
 from chainlora.errors import DataError
 
 
@@ -124,7 +129,7 @@ def test_a_folder_with_one_split_in_two_files_is_refused(tmp_path):
 
 
 def test_an_unreachable_hub_dataset_names_the_other_way():
-    said = r"no-such-owner/none .*HF_HUB_OFFLINE is set.*local folder"
+    said = r"no-such-owner/none .*HF_HUB_OFFLINE is set.*local file or folder"
     with pytest.raises(DataError, match=said):
         list(find_source("no-such-owner/none:config@main", "train"))
 
@@ -137,9 +142,7 @@ def test_a_hub_dataset_is_read_by_folder_and_split(tmp_path, monkeypatch):
         target = tmp_path / "hub" / folder / "train" / "0000.parquet"
         target.parent.mkdir(parents=True)
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": word, "label": 1}]), target)
-    hub = {"path": str(tmp_path / "hub"), "folder": "colour", "splits": {"training": "train"}}
-    task = load_task(write_task(tmp_path, hub=hub))
-    rows = list(split_source(task, None, "training"))
+    rows = list(HubSource(str(tmp_path / "hub"), "train", folder="colour"))
     assert rows == [{"text": "film", "label": 1}]
     assert rows[0].origin.endswith("train row 0")
 

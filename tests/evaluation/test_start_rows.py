@@ -147,7 +147,7 @@ def test_what_cannot_be_taken_for_rows_of_the_start_is_refused(made, tiny_folder
     for rows, got in (
         ({}, "must name rows"),
         ({"validation": 0.5}, "must name rows"),
-        ({"task": "rte", "validation": 0.5}, "`start_data.validation`"),
+        ({"test": "a", "validation": 0.5}, "`start_data.validation`"),
         ({"train": "a", "validation": "b", "fields": {"no": "x"}}, "`start_data.fields`"),
     ):
         with pytest.raises(ConfigError, match=got):

@@ -10,8 +10,12 @@ import pytest
 import yaml
 from conftest import write_rows
 from helpers import entry_of, history_of, settings, sign, signed, stop_after, train_all
+<<<<<<< HEAD
 from helpers_data import rows_of
 from helpers_export import save_lora
+=======
+from helpers_tasks import write_task
+>>>>>>> mezo-1203
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -55,10 +59,7 @@ def of_validation(tree: dict[str, Any], folder: Path) -> None:
 
 
 def of_task(tree: dict[str, Any], folder: Path) -> None:
-    fields = {"question": "two", "passage": "red birds", "label": 1}
-    for split in ("train", "validation"):
-        write_rows(folder / f"{split}.jsonl", [fields] * 40)
-    tree["start_data"] |= {"train": None, "task": "boolq", "dir": str(folder)}
+    tree["start_data"] |= {"task": str(write_task(folder, prompt="two red birds"))}
 
 
 @pytest.mark.parametrize("edit", [of_template, of_rows, of_validation, of_task])

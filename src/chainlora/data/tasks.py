@@ -1,4 +1,4 @@
-"""`Task`: load a task file by name or path, check its keys, and render its rows as text.
+"""`Task`: load a task file, check its keys, and render its rows as text.
 
 Templates are Jinja2 in a sandbox. A missing field or a null is an error, never an empty string.
 Every space and line break of a template is kept.
@@ -21,7 +21,7 @@ from chainlora.config.section import Frozen, refuse_if
 from chainlora.data.readers import bad_row
 from chainlora.data.sources import where
 from chainlora.data.templates import Part, evaluate, expression, template
-from chainlora.errors import ConfigError, DataError, nearest
+from chainlora.errors import ConfigError, DataError
 
 Metric = Literal["accuracy", "f1", "em", "token_f1", "loss"]
 WORD_METRICS = ("em", "token_f1")
@@ -30,36 +30,6 @@ REPORTED_OF_TEXT = ("loss", "perplexity")
 """The metrics of rows without candidates and gold answers."""
 
 _REMEDY = "correct the row or the task file"
-
-
-class HubRows(Frozen):
-    """The place of the rows on the Hub."""
-
-    path: str
-    name: str | None = None  # configuration
-    folder: str | None = None  # of the configuration, on converted Parquet
-    revision: str | None = None  # refs/convert/parquet where main is a script
-    splits: dict[str, str] = Field(default={})  # names that differ from train, validation, test
-
-
-class Draw(Frozen):
-    """The split and the size of a sample."""
-
-    of: str
-    rows: int = Field(ge=1)
-    saner: int | None = Field(default=None, ge=1)  # for `sampling: saner`; leaves more to train on
-
-    def count(self, sampling: str) -> int:
-        return self.saner if sampling == "saner" and self.saner is not None else self.rows
-
-
-class Draws(Frozen):
-    """The MeZO protocol unless a task says otherwise."""
-
-    train: Draw = Draw(of="train", rows=1000)
-    validation: Draw = Draw(of="train", rows=500)
-    test: Draw = Draw(of="validation", rows=1000)
-    without_train: str | None = None  # the split that replaces a missing train split
 
 
 class Rendered(NamedTuple):
@@ -93,9 +63,6 @@ class Task(Frozen):
     stop: str | None = None
     max_new_tokens: int = Field(default=50, ge=1)
     separator: str = "\n\n"
-    hub: HubRows | None = None
-    files: dict[str, tuple[str, ...]] = Field(default={})
-    sampling: Draws = Draws()
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -237,24 +204,17 @@ class Task(Frozen):
         return "".join(text + self.separator for text in solved)
 
 
-def list_tasks() -> list[str]:
-    """Return the names of the shipped tasks."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("*.yaml"))
-
-
-def load_task(name_or_path: str | Path) -> Task:
-    """Load a shipped task by name, or any task file by path.
+def load_task(path: str | Path) -> Task:
+    """Load a task file.
 
     Raises:
-        ConfigError: unknown name or key (the message suggests the nearest one), unreadable file,
-            wrong value.
+        ConfigError: unknown key (the message suggests the nearest one), unreadable file, wrong
+            value.
     """
-    path, name = Path(name_or_path), str(name_or_path)
+    path = Path(path)
     if path.suffix.lower() not in (".yaml", ".yml"):
-        if name not in list_tasks():
-            got = f"{name!r}{nearest(name, list_tasks())}"
-            raise ConfigError("task must be a shipped one or a .yaml file", got)
-        path = Path(__file__).parent / f"{name}.yaml"
+        remedy = "give the path of a task file, as in docs/tasks.md"
+        raise ConfigError("a task must be a .yaml file", repr(str(path)), remedy)
     try:
         return Task.model_validate(read_tree(path, "task file"))
     except ValidationError as error:
