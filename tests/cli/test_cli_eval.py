@@ -95,61 +95,6 @@ def test_eval_reads_a_runs_own_task_as_the_run_did(
     assert loss != pytest.approx(told["loss"], abs=1e-4)
 
 
-<<<<<<< HEAD
-@pytest.fixture
-def stand_in(tiny_folder, tmp_path):
-    """Make a task without a train split: 30 validation rows stand in, 12 test rows come from
-    a split that is named. Return the command that scores it, without the rows."""
-
-    def make(test_of: str) -> str:
-        rules = {
-            "without_train": "validation",
-            "validation": {"of": "train", "rows": 5},
-            "test": {"of": test_of, "rows": 12},
-        }
-        task = write_task(tmp_path, sampling=rules)
-        for split, count in (("validation", 30), ("test", 4)):
-            make_split(tmp_path / "rows" / f"{split}.jsonl", count)
-        return f"eval {tiny_folder} --task {task} --json --data"
-
-    return make
-
-
-def test_eval_of_a_split_that_stands_in_for_train_scores_rows_that_no_run_trains_on(
-    chainlora, stand_in, tmp_path, caplog
-):
-    evaluate, rows = stand_in("validation"), tmp_path / "rows"
-    scored = tmp_path / "predictions.jsonl"
-    assert chainlora(f"{evaluate} {rows} --predictions {scored}").json["rows"] == 12
-    assert "Scoring only the 12 of its 30 rows that no run trains on" in caplog.text
-    unseen = [json.loads(line)["row"] for line in scored.read_text().splitlines()]
-    assert unseen == sorted(set(unseen))
-    task = load_task(tmp_path / "colour.yaml")
-    for seed in range(4):
-        for num_test in (3, 12, 20):
-            drawn = sample_splits(task, rows, num_test=num_test, data_seed=seed)
-            assert not {row.index for row in drawn["train"] + drawn["validation"]} & set(unseen)
-    # a file is scored whole
-    assert chainlora(f"{evaluate} {rows}/validation.jsonl").json["rows"] == 30
-    (rows / "validation.jsonl").rename(rows / "val.jsonl")
-    for name in ("validation", "val"):  # the same file
-        assert chainlora(f"{evaluate} {rows} --split {name}").json["rows"] == 12
-    shutil.copy(rows / "val.jsonl", rows / "train.jsonl")  # nothing stands in any more
-    assert chainlora(f"{evaluate} {rows}").json["rows"] == 30
-
-
-def test_eval_of_a_split_that_stands_in_for_train_is_refused_where_test_rows_come_from_another(
-    chainlora, stand_in, tmp_path
-):
-    evaluate, rows = stand_in("test"), tmp_path / "rows"
-    chainlora(f"{evaluate} {rows}").refused(
-        "cannot score split 'validation' of task 'colour': runs train on it",
-        "(got 30 rows)",
-        "score --split test, or give the file itself as --data",
-    )
-    assert chainlora(f"{evaluate} {rows} --split test").json["rows"] == 4
-    assert chainlora(f"{evaluate} {rows}/validation.jsonl").json["rows"] == 30
-=======
 def test_eval_with_the_wrong_task_data_or_split(chainlora, finished, sentiment, tmp_path):
     write_rows(tmp_path / "validation.jsonl", [{"text": "good", "label": "goood"}])
     for asked, *parts in (
@@ -164,7 +109,6 @@ def test_eval_with_the_wrong_task_data_or_split(chainlora, finished, sentiment, 
         (f"{sentiment}/task.yaml --data {tmp_path}", "goood", "validation.jsonl line 1"),
     ):
         chainlora(f"eval {finished} --task {asked}").refused(*parts)
->>>>>>> mezo-1203
 
 
 # --- the rows of the run itself, or a file read as they are ---

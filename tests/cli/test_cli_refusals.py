@@ -265,38 +265,7 @@ def files_of(folder: Path) -> dict[str, str]:
     return {name: found for name, found in checksums(folder).items() if ".lock" not in name}
 
 
-<<<<<<< HEAD
 def test_a_dry_run_writes_nothing(chainlora, config, tmp_path):
-=======
-@pytest.mark.parametrize("name", ["runs/none", "runs/none@facts", "no/such/run"])
-def test_a_run_that_is_not_there_is_told_with_what_was_looked_for(chainlora, task, name):
-    looked = f"(got {name}: no {name.partition('@')[0]}/history.json, no such "
-    for words in (f"generate {name} --prompt hi", f"eval {name} {task}", f"chat {name}"):
-        chainlora(words).refused("a run or model must be there", f"{looked}model on this machine")
-    chainlora(f"add out {name} --rows no.jsonl").refused("a run or adapter must be there", looked)
-
-
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ("--data.task rte", "a task must be a .yaml file"),
-        ("--data.train null --data.validation null", "`data` must name a `train` file"),
-        ("--data.validation {empty}", "data must hold at least one row"),
-        ("--data.train {cut}", "data must be JSON"),
-        ("--data.task null --data.train {other}", "rows must have the fields of a format"),
-        ("--data.task null --data.format text --data.train {other}", "`model` must be a Hub id"),
-    ],
-)
-def test_rows_are_looked_at_before_the_model(chainlora, config, tmp_path, keys, message):
-    files = {"empty": "", "cut": '{"text": "go', "other": '{"a": 1}\n'}
-    for name, content in files.items():
-        (tmp_path / f"{name}.jsonl").write_text(content)
-    keys = keys.format(**{name: tmp_path / f"{name}.jsonl" for name in files})
-    chainlora(f"train {config} --model nowhere/at/all {keys}").refused(message, "(got ")
-
-
-def test_a_dry_run_refuses_what_the_model_tells(chainlora, config, tmp_path):
->>>>>>> mezo-1203
     dry = f"train {config} --dry-run"
     assert chainlora(f"{dry} --resume").status == chainlora(dry).status == 0
     assert chainlora(f"{dry} --output {tmp_path}/new/run").status == 0

@@ -30,43 +30,6 @@ def test_help_and_version(chainlora):
     assert __version__ in chainlora("--version").out
 
 
-<<<<<<< HEAD
-=======
-USAGE = {
-    "trian": "No such command 'trian'; did you mean `chainlora train`?",
-    "train": "Missing argument 'CONFIG', a YAML file",
-    # what people who come from other tools type
-    "train --config c.yaml": "write the file without --config: c.yaml",
-    "train c.yaml --bf16": "--bf16 needs a value; here it is `train.dtype`",
-    "train c.yaml d.yaml": "unexpected argument 'd.yaml'; config keys are set with --key.sub VALUE",
-    "train c.yaml --chain.ranks 8 8": "unexpected argument '8'",
-    "train c.yaml d --train.lr 1 --train.lr 2": "--train.lr given twice; using the last value",
-    "train c.yaml --train.lr": "--train.lr needs a value",
-    "train c.yaml --train.keep_best --train.lr 1": "--train.keep_best needs a value",
-    "eval run": "'--data': run does not exist, and only a run has its own rows",
-    "eval run --task rte --limit 0": "0 is not in the range x>=1",
-    "eval run --matrix --split test": "leave --split out",
-    f"eval run --data {__file__} --split test": "--data is a file; leave it out",
-    "eval run --task rte --limit few": "'few' is not a valid integer",
-    "inspect": "Missing argument 'RUN'",
-    "inspect run --jsn": "No such option",
-    "export run --to adaptor --output x": "'adaptor' is not one of 'merged', 'adapter', 'gguf'",
-    "export run --to adapter": "Missing option '--output'",
-    "export run --output x": "Missing option '--to'",
-    "doctor rte sst2": "Got unexpected extra argument",
-    # what development versions had
-    "mix run a=0": "No such command 'mix'; use chainlora combine RUN with the names of the stages",
-    "eval run --stages a": "No such option --stages; use RUN@STAGE, or chainlora combine RUN with",
-    "export run --to adapter --output x --each": "--each; use chainlora export RUN@STAGE for each",
-}
-
-
-@pytest.mark.parametrize("arguments", USAGE)
-def test_wrong_usage_is_status_2(chainlora, arguments):
-    chainlora(arguments).misused(USAGE[arguments])
-
-
->>>>>>> mezo-1203
 @pytest.mark.parametrize("group", [(), ("experiment",)])
 def test_a_group_alone_prints_its_help(chainlora, group):
     alone, asked = chainlora(*group), chainlora(*group, "--help")

@@ -40,19 +40,11 @@ train.restart_warmup_steps: 1, train.dtype: bfloat16, train.gradient_checkpointi
     "time constant": """
 {chain.knots.time_constant: 3, train.optimizer_options: {amsgrad: true}, train.eval_at_knots: false}
 """,
-<<<<<<< HEAD
     "soft knots and rows": """
 {chain.knots.every: 1, chain.knots.share: 0.5, chain.knots.follow_rate: true,
 chain.knots.moments: new, chain.knots.policy: spaced,
 data.num_train: 16, data.num_validation: 4, data.max_length: 64, data.truncation: left,
-data.shots: 1, data.data_seed: 3, data.new_rows_only: true, data.keep_rows: false,
-=======
-    "time constant": "{chain.knots.time_constant: 3, train.optimizer_options: {amsgrad: true}}",
-    "automatic knots": "{chain.knots: auto}",
-    "rows": """
-{data.num_train: 16, data.num_validation: 4, data.max_length: 64, data.truncation: left,
 data.shots: 1, data.new_rows_only: true, data.keep_rows: false,
->>>>>>> mezo-1203
 data.keep_conflicts: true}
 """,
 }

@@ -9,12 +9,7 @@ import tracemalloc
 import pyarrow
 import pyarrow.parquet
 import pytest
-<<<<<<< HEAD
-from helpers_tasks import write_as, write_rows, write_task
-=======
-import yaml
 from helpers_tasks import write_as, write_rows
->>>>>>> mezo-1203
 
 from chainlora import evaluate_task
 from chainlora.data.sources import FileSource, HubSource, find_source

@@ -10,12 +10,9 @@ import pytest
 import yaml
 from conftest import write_rows
 from helpers import entry_of, history_of, settings, sign, signed, stop_after, train_all
-<<<<<<< HEAD
 from helpers_data import rows_of
 from helpers_export import save_lora
-=======
 from helpers_tasks import write_task
->>>>>>> mezo-1203
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
