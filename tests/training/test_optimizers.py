@@ -42,7 +42,7 @@ def train_keys(name: str) -> dict:
 
 def config_for(name: str, chain=(), train=()):
     """A config of the optimizer; skips where its package is missing."""
-    tree = {"model": "m", "data": {"task": "rte"}, "chain": {"ranks": [4], "steps": [1]}}
+    tree = {"model": "m", "data": {"train": "rows.jsonl"}, "chain": {"ranks": [4], "steps": [1]}}
     tree["train"] = train_keys(name) | dict(train)
     try:
         check_optimizer(make_config(tree), CPU)
@@ -224,7 +224,7 @@ def states(optimizer) -> list[dict[str, torch.Tensor]]:
     ids=str,
 )
 def test_what_an_optimizer_cannot_do_is_refused_before_training(keys, message):
-    tree = {"model": "m", "data": {"task": "rte"}}
+    tree = {"model": "m", "data": {"train": "rows.jsonl"}}
     tree["chain"] = {"ranks": [4], "steps": [1]} | keys.get("chain", {})
     with pytest.raises(ConfigError, match=message):
         check_optimizer(make_config(tree | {"train": keys["train"]}), CPU)

@@ -35,10 +35,6 @@ CONFIGS = [
     ({"style": {"chain": {"hold": "carried"}}}, "`chain.hold` must be the same"),
     ({"style": {"train": {"seed": 3}}}, "`train.seed` must be the same"),
     ({"style": {"train": {"lrr": 3}}}, "stage 'style': unknown key `train.lrr`"),
-    (
-        {"style": {"data": {"task": "sst2", "train": None}, "chain": {"ranks": [2]}}},
-        "stage 'style': `chain` must set the length",
-    ),
     *(({"stages": stages}, "stage") for stages in ([], {}, "facts", None, [3])),
     *(({key: 5}, f"`{key}` must be a") for key in ("data", "chain", "train")),
     ({"style": GOOD | {"data": {"train": "bad.jsonl"}}}, "stage 'style': ", "bad.jsonl"),
