@@ -39,12 +39,6 @@ def test_hub_rows_and_original_rows_render_the_same(name):
     assert task.render_all([HUB_ROWS[name]])[0] == task.render_all([PROMPTS[name][0]])[0]
 
 
-@pytest.mark.parametrize("value", [True, 1, "1", "true", "True", 1.0, "Yes"])
-def test_labels_are_found_however_the_file_writes_them(value):
-    task = load_task("wic")
-    assert task.label_index(value) == (None if value == "Yes" else 1)
-
-
 # --- nested rows ---
 
 
