@@ -401,3 +401,77 @@ def rich_config(configure):
     from helpers import EVERYTHING
 
     return configure(**EVERYTHING)
+
+
+@pytest.fixture
+def staged(tiny_folder, sentiment, tmp_path) -> dict:
+    """A config of two stages, whose run will be tmp_path/run."""
+    from helpers_stages import two_stages
+
+    return two_stages(tiny_folder, sentiment, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def trained_stages(tiny_folder, sentiment, tmp_path_factory) -> dict[str, dict]:
+    """The config of two stages, and of three: facts (links 0 to 2), style (3, 4), law (5, 6); the
+    runs are trained."""
+    from helpers_stages import stage_of, two_stages
+
+    from chainlora.config.staging import make_stages
+    from chainlora.training.stages import train_stages
+
+    configs = {}
+    for name in ("two", "three"):
+        config = two_stages(tiny_folder, sentiment, tmp_path_factory.mktemp(name))
+        if name == "three":
+            law = stage_of(config, "style") | {"name": "law"}
+            law["data"] = stage_of(config, "facts")["data"] | {"num_train": 20}
+            config["stages"].append(law)
+            config["stages"][1]["train"] = {"eval_every": 1, "keep_best": True}
+        train_stages(make_stages(config))
+        configs[name] = config
+    return configs
+
+
+@pytest.fixture
+def two(trained_stages, tmp_path) -> dict:
+    """The config of two stages and, in tmp_path/run, a copy of its trained run."""
+    from helpers_stages import copied
+
+    return copied(trained_stages["two"], tmp_path)
+
+
+@pytest.fixture
+def three(trained_stages, tmp_path) -> dict:
+    """The config of three stages and, in tmp_path/run, a copy of its trained run."""
+    from helpers_stages import copied
+
+    return copied(trained_stages["three"], tmp_path)
+
+
+@pytest.fixture(scope="session")
+def trained_beside(tiny_folder, sentiment, tmp_path_factory) -> dict[str, Path]:
+    """Runs whose stages a, b, c stand beside each other: all, without b, and a alone."""
+    from helpers_stages import begin, train_beside
+
+    found = {"a": begin(tiny_folder, sentiment, tmp_path_factory.mktemp("beside") / "run")}
+    for names in ("abc", "ac"):
+        found[names] = Path(shutil.copytree(found["a"], tmp_path_factory.mktemp(names) / "run"))
+        for name in names[1:]:
+            train_beside(sentiment, found[names], name)
+    return found
+
+
+@pytest.fixture
+def abc(trained_beside, tmp_path) -> Path:
+    return Path(shutil.copytree(trained_beside["abc"], tmp_path / "abc"))
+
+
+@pytest.fixture
+def ac(trained_beside, tmp_path) -> Path:
+    return Path(shutil.copytree(trained_beside["ac"], tmp_path / "ac"))
+
+
+@pytest.fixture
+def only_a(trained_beside, tmp_path) -> Path:
+    return Path(shutil.copytree(trained_beside["a"], tmp_path / "a"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
-from conftest import byte_level, write_rows
+from conftest import WORDS, byte_level, write_rows
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -94,3 +94,10 @@ def pair_files(folder: Path) -> dict[str, str]:
         "train": str(write_rows(folder / "pairs.jsonl", pairs(40))),
         "validation": str(write_rows(folder / "more_pairs.jsonl", pairs(12, 40))),
     }
+
+
+def rows_of(path: Path, first: int, count: int = 12) -> str:
+    """Write rows that ask the same with other words."""
+    words = WORDS[first : first + count]
+    write_rows(path, [{"prompt": f"say {w}:", "completion": f" {w}"} for w in words])
+    return str(path)

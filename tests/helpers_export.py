@@ -1,15 +1,16 @@
-"""Runs to export, and models to hold exports to."""
+"""Runs to export, adapters made elsewhere, and models to hold exports to."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
 from helpers import settings
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chainlora import load_run, train
 from chainlora.runs.addresses import open_run
@@ -73,3 +74,18 @@ def relative_error(found: dict[str, torch.Tensor], true: dict[str, torch.Tensor]
         sum(float((found[n] - true[n]).square().sum()) for n in true)
         / sum(float(true[n].square().sum()) for n in true)
     ) ** 0.5
+
+
+def save_lora(folder: Path, base: Path, seed: int = 0, **keys: Any) -> str:
+    """Save a LoRA of plain PEFT, with drawn weights, and the tokenizer, as trainers do."""
+    keys = {"target_modules": ["q_proj", "down_proj"], "r": 4, "lora_alpha": 6} | keys
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **keys))
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=draw))
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return str(folder)

@@ -95,38 +95,6 @@ PROMPTS = {
         (" it fell.", " I washed it."),
         0,
     ),
-    "record": (
-        {
-            "passage": "Ann met Bob in Rome.\n@highlight\nThey talked\n@highlight\nIt rained",
-            "query": "Later @placeholder went home.",
-            "entities": ["Rome", "Ann", "Bob"],
-            "answers": ["Bob", "Ann"],
-        },
-        "Ann met Bob in Rome.\n- They talked\n- It rained\n-",
-        (" Later Rome went home.", " Later Ann went home.", " Later Bob went home."),
-        2,
-    ),
-    "squad": (
-        {
-            "title": "Tea",
-            "context": "Tea grows in Assam.",
-            "question": " Where does tea grow?",
-            "answers": {"text": ["Assam", "in Assam"], "answer_start": [13, 10]},
-        },
-        "Title: Tea\nContext: Tea grows in Assam.\nQuestion: Where does tea grow?\nAnswer:",
-        " Assam\n",
-        ("Assam", "in Assam"),
-    ),
-    "drop": (
-        {
-            "passage": "They won 3 games and lost 2.",
-            "question": "How many games were there?",
-            "answers_spans": {"spans": ["5"], "types": ["number"]},
-        },
-        "Passage: They won 3 games and lost 2.\nQuestion: How many games were there?\nAnswer:",
-        " 5\n",
-        ("5",),
-    ),
     "gsm8k": (
         {
             "question": "Two boxes hold 4 pens each. How many pens?",
@@ -135,12 +103,6 @@ PROMPTS = {
         "Question: Two boxes hold 4 pens each. How many pens?\nAnswer:",
         " 2*4 = <<2*4=8>>8 pens.\n#### 8",
         ("8",),
-    ),
-    "dialogsum": (
-        {"dialogue": "#Person1#: Hello.\n#Person2#: Good night. ", "summary": "They greet."},
-        "Dialogue:\n#Person1#: Hello.\n#Person2#: Good night.\nSummary:",
-        " They greet.",
-        ("They greet.",),
     ),
 }
 

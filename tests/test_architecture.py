@@ -75,9 +75,11 @@ MORE: dict[str, dict[str, set[str]]] = {
         "runs.state"
     ),
     "chainlora_lab": {
+        "chainlora.config.data": {"DataConfig", "Home"},
         "chainlora.config.schema": {"PAIR_LOSSES", "with_flat_model"},
-        "chainlora.data.sources": {"find_file"},
+        "chainlora.data.sources": {"FileSource", "HubSource", "find_file"},
         "chainlora.data.splits": {"reported_of"},
+        "chainlora.data.tasks": {"Task"},
         "chainlora_pages": set(chainlora_pages.__all__),
     },
 }

@@ -20,7 +20,7 @@ from chainlora import make_config
 from chainlora.cli.main import cli
 from chainlora.config.reading import parse_yaml
 from chainlora.config.staging import make_stages
-from chainlora.data.tasks.task import Task
+from chainlora.data.tasks import Task
 from chainlora_lab.experiment import make_experiment
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -26,9 +26,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from chainlora.config.schema import RunConfig
-from chainlora.data.tasks import load_task
 from chainlora.models.finding import resolve_model
 from chainlora_lab.loops import CellConfig
+from chainlora_lab.protocol import load_task
 
 _ROLES = {"q_proj": "q", "query": "q", "k_proj": "k", "key": "k", "v_proj": "v", "value": "v"}
 _FROM_BLOCK_INPUT = {*_ROLES, "qkv_proj", "c_attn", "query_key_value", "Wqkv"}

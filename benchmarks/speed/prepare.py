@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,9 @@ import numpy as np
 import yaml
 
 from chainlora.data.mixture import epoch_order
-from chainlora.data.sources import Row, find_source
-from chainlora.data.tasks import Rendered, list_tasks, load_task, split_source
+from chainlora.data.sources import find_source
+from chainlora.data.tasks import Rendered, load_task
+from chainlora_lab.protocol import PROTOCOLS, CellData, Rows, read_split, task_file
 
 SEED = 0
 
@@ -84,9 +84,9 @@ def workload_files(
         return _preference_files(data, num_rows, batch_size, folder)
     if name == "long":
         return _long_files(data, int(split), num_rows, batch_size, folder)
-    if name not in list_tasks():
-        raise ValueError(f"workload must be a shipped task or chat (got {workload!r})")
-    rows = list(split_source(load_task(name), data, split or "train"))
+    if name not in PROTOCOLS:
+        raise ValueError(f"workload must be a task of the lab or chat (got {workload!r})")
+    rows = read_split(CellData(task=name, dir=data), split or "train")
     if split:
         return _evaluation_files(name, rows[:num_rows], folder)
     drawn = random.Random(SEED).sample(rows, num_rows)
@@ -99,8 +99,8 @@ def _order(num_rows: int, batch_size: int) -> list[int]:
     return order.rows.tolist()
 
 
-def _training_files(name: str, rows: list[Row], batch_size: int, folder: Path) -> dict[str, str]:
-    task = load_task(name)
+def _training_files(name: str, rows: Rows, batch_size: int, folder: Path) -> dict[str, str]:
+    task = load_task(task_file(name))
     shown = task.render_all(rows)
     order = _order(len(rows), batch_size)
     ordered = [_scored(shown[i]) | {"completion": shown[i].completion} for i in order]
@@ -114,7 +114,7 @@ def _training_files(name: str, rows: list[Row], batch_size: int, folder: Path) -
     return paths
 
 
-def _evaluation_files(name: str, rows: list[Row], folder: Path) -> dict[str, str]:
+def _evaluation_files(name: str, rows: Rows, folder: Path) -> dict[str, str]:
     """Rows to score, under a prompt without blanks at its end and candidates that begin with one.
 
     lm-eval moves blanks at the end of a context into the continuation, which would make every
@@ -144,8 +144,8 @@ def _long_files(
 ) -> dict[str, str]:
     """Rows of some `num_tokens` tokens: questions and answers of GSM8K one after another, the first
     question as the prompt."""
-    task = load_task("gsm8k")
-    shown = task.render_all(list(split_source(task, data, "train")))
+    task = load_task(task_file("gsm8k"))
+    shown = task.render_all(read_split(CellData(task="gsm8k", dir=data), "train"))
     random.Random(SEED).shuffle(shown)
     pairs = []
     for _ in range(num_rows):
@@ -200,7 +200,7 @@ def _preference_files(
 
 
 def _raw_task(name: str) -> dict[str, Any]:
-    return yaml.safe_load(files("chainlora.data.tasks").joinpath(f"{name}.yaml").read_text("utf-8"))
+    return yaml.safe_load(task_file(name).read_text("utf-8"))
 
 
 def _task_file(name: str, path: Path, **changes: Any) -> str:

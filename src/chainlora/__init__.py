@@ -33,7 +33,7 @@ _NAMES = {  # the public names of each module
     "chainlora.runs.inspection": ("inspect_run",),
     "chainlora.evaluation.difference": ("diff",),
     "chainlora.models.loading": ("load_model",),
-    "chainlora.data.tasks": ("load_task", "list_tasks"),
+    "chainlora.data.tasks": ("load_task",),
     "chainlora.errors": ("ChainLoRAError",),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     from chainlora.config.reading import make_config as make_config
     from chainlora.config.schema import LinkConfig as LinkConfig
     from chainlora.config.schema import RunConfig as RunConfig
-    from chainlora.data.tasks import list_tasks as list_tasks
     from chainlora.data.tasks import load_task as load_task
     from chainlora.errors import ChainLoRAError as ChainLoRAError
     from chainlora.evaluation.combination import combine as combine

@@ -3,6 +3,7 @@
     experiment.py  an experiment's file             expansion.py   its cells
     choice.py      hyper-parameters, on validation  methods/       presets, one small file each
     planning.py    what a run could find            comparing.py   on a user's own data and config
+    protocol.py    the paper's tasks (tasks/), and the rows that a cell draws of one
     runner.py      runs the cells: session.py knows what is done and what is next, worker.py runs a
                    cell in a process of its own, measure.py says what it reached, loops.py
                    trains what chainlora does not

@@ -179,7 +179,7 @@ def _method(name: str, methods: Methods, preset: str) -> dict[str, Any]:
 def _check_rows(config: RunConfig) -> None:
     """Refuse to choose rates on the rows that methods are scored on."""
     data = config.data
-    if data.train is not None and not (data.validation and data.test):
+    if not (data.validation and data.test):
         missing = "validation" if not data.validation else "test"
         raise ConfigError(
             "learning rates are chosen on validation rows, and methods then scored on others "

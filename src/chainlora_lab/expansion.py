@@ -16,16 +16,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from chainlora import RunConfig, load_task, make_config
+from chainlora import RunConfig, make_config
 from chainlora.config.schema import PAIR_LOSSES
 from chainlora.config.staging import make_stages
 from chainlora.data.sources import find_file
-from chainlora.data.splits import check_files, reported_of
+from chainlora.data.splits import reported_of
 from chainlora.errors import ConfigError
 from chainlora.registry import plugin_digest
 from chainlora_lab.experiment import Experiment
 from chainlora_lab.loops import CellConfig
 from chainlora_lab.methods import apply_recipe, list_methods, list_ways, merge_trees
+from chainlora_lab.protocol import load_task
 
 Pair = tuple[str, str]  # task, method
 Point = tuple[tuple[str, Any], ...]  # the grid's keys and their values, in its order
@@ -76,7 +77,7 @@ class Expansion:
             for task, method in itertools.product(experiment.tasks, experiment.methods)
         }
         self._cells: dict[tuple[str, str, int, str], Cell] = {}
-        self._reported: dict[tuple[str, str | None], tuple[str, ...]] = {}  # of task and folder
+        self._reported: dict[str, tuple[str, ...]] = {}  # by task
 
     def tuning(self, added: Mapping[Pair, Sequence[Point]] | None = None) -> list[Cell]:
         """Return the cells that choose a point: of the grid, and of points `added` beyond it."""
@@ -118,7 +119,7 @@ class Expansion:
         return self._cells[key]
 
     def _check(self, task: str, config: RunConfig, *, chooses: bool) -> None:
-        """Refuse rows that are not there, none to score or to choose on, and an unknown metric."""
+        """Refuse no rows to score or to choose on, an unknown task, and an unknown metric."""
         data, metric = config.data, self.experiment.tune.metric
         if data.train is not None and not (data.validation or data.test):
             rule = f"task {task}: methods are compared on rows they do not train on"
@@ -130,11 +131,9 @@ class Expansion:
         if config.train.loss in PAIR_LOSSES:
             reported = reported_of(data, config.train.loss)
         elif data.task is not None:
-            if (data.task, data.dir) not in self._reported:
-                if data.dir is not None:
-                    check_files(data, config.train.loss)
-                self._reported[data.task, data.dir] = load_task(data.task).reported
-            reported = self._reported[data.task, data.dir]
+            if data.task not in self._reported:
+                self._reported[data.task] = load_task(data.task).reported
+            reported = self._reported[data.task]
         if chooses and metric is not None and metric not in reported:
             rule = f"task {task}: `tune.metric` must be one of {', '.join(reported)}"
             raise ConfigError(rule, repr(metric))
@@ -226,7 +225,7 @@ def config_id(config: RunConfig) -> str:
     Hashed are its values other than the defaults, so that a new key with a default renames no cell;
     a default that has changed counts as the former one. Places and watchers are left out. A file
     named by the config (rows, a task of the user's own, a plug-in) counts by its content. Of a
-    shipped task only the name counts.
+    task of the paper only the name counts.
     """
     tree = compact_config(config)
     for each in (tree, *(stage for _, stage in tree.get("stages", ()))):

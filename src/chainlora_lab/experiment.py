@@ -79,7 +79,7 @@ class Experiment(Keys):
     tasks: dict[str, dict[str, Any]] = Field(min_length=1)
     methods: dict[str, dict[str, Any]] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(default=(0, 1, 2, 3, 4), min_length=1)
-    # keys a seed sets; with data.data_seed each draws its rows
+    # keys a seed sets; with data.data_seed each draws its rows of a task
     seed_keys: tuple[str, ...] = Field(default=("train.seed",), min_length=1)
     tune: Tuning = Tuning()
     baseline: str | None = None  # None: the first method

@@ -15,11 +15,13 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from chainlora import RunConfig
+from chainlora.config.data import DataConfig
 from chainlora.training.optimizers import from_groups
 from chainlora.training.result import TrainResult, evaluate_point, finish
 from chainlora.training.run import Run
 from chainlora.training.stages import train_run
 from chainlora.training.step import rate_factor, steps_ahead, update
+from chainlora_lab.protocol import CellData
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ class CellConfig(RunConfig):
     whole configs. `way` says how they are learned, `settings` are what that takes.
     """
 
+    data: CellData
     loop: Literal["full"] | None = None
     way: str | None = None
     settings: dict[str, Any] = Field(default={})
@@ -54,8 +57,14 @@ class CellConfig(RunConfig):
 
     @property
     def plain(self) -> RunConfig:
-        """Return the config of the run alone."""
-        return RunConfig(**self.model_dump(exclude={"loop", "way", "settings", "stages"}))
+        """Return the config of the run alone, on files of rows."""
+        tree = self.model_dump(exclude={"loop", "way", "settings", "stages"})
+        tree["data"] = {key: tree["data"][key] for key in DataConfig.model_fields}
+        return RunConfig(**tree)
+
+    @property
+    def has_validation(self) -> bool:
+        return self.data.is_drawn or super().has_validation
 
     @property
     def parts(self) -> list[RunConfig]:

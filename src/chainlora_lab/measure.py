@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from chainlora import RunConfig, load_task, open_run
+from chainlora import RunConfig, open_run
 from chainlora.config.schema import PAIR_LOSSES
 from chainlora.errors import ModelError
 from chainlora.models.finding import resolve_model
 from chainlora_lab.expansion import compact_config
+from chainlora_lab.protocol import CellData, load_task
 from chainlora_lab.results import FORMAT
 
 _SOURCES = Path(__file__).parents[1]
@@ -154,7 +155,7 @@ def _num_rows(config: RunConfig) -> int | None:
         known = all(path.suffix == ".jsonl" and path.is_file() for path in paths)
         weights = [file.weight for file in data.train_files]
         return round(sum(map(mul, weights, map(_count_lines, paths)))) if known else None
-    return load_task(data.task).sampling.train.count(data.sampling) if data.task else None
+    return data.size("train") if isinstance(data, CellData) and data.is_drawn else None
 
 
 def _count_lines(path: Path) -> int:

@@ -15,7 +15,6 @@ from typing import Any
 
 import yaml
 
-from chainlora.data.splits import check_files
 from chainlora.errors import ConfigError, DataError, ModelError, RunError
 from chainlora.models.finding import resolve_model
 from chainlora.runs.paths import need_apart
@@ -24,6 +23,7 @@ from chainlora_lab.expansion import Cell, expand
 from chainlora_lab.experiment import Experiment, load_experiment
 from chainlora_lab.outputs import write_whole
 from chainlora_lab.planning import run_notes
+from chainlora_lab.protocol import check_rows, with_task_file
 from chainlora_lab.results import FILE
 from chainlora_lab.sequences import way_of
 from chainlora_lab.session import Listener, Session
@@ -147,11 +147,12 @@ def _check_at_hand(cells: Iterable[Cell]) -> None:
     for cell in cells:
         try:
             for config in cell.config.parts:
-                check_names(config)
+                on_file = with_task_file(config.data)
+                check_names(config.model_copy(update={"data": on_file}))
                 if ("model", config.model) not in checked:
                     resolve_model(config.model)
                 if ("data", repr(config.data)) not in checked:
-                    check_files(config.data, config.train.loss)
+                    check_rows(config.data, config.train.loss)
                 checked |= {("model", config.model), ("data", repr(config.data))}
             if cell.config.stages:
                 way_of(cell.config)

@@ -34,11 +34,13 @@ from chainlora_lab.expansion import Cell
 from chainlora_lab.loops import CellConfig, fine_tune
 from chainlora_lab.measure import described, origin, summarise
 from chainlora_lab.outputs import write_whole
+from chainlora_lab.protocol import with_files
 from chainlora_lab.sequences import learn_sequence
 
 logger = logging.getLogger(__name__)
 
 RESULT, CONFIG, ERROR, RUN = "result.json", "config.yaml", "error.txt", "run"
+ROWS = "rows"  # files of the rows that are drawn
 _POLL_SECONDS = 0.2
 
 Work = Sequence[tuple[Cell, Path]]
@@ -55,7 +57,7 @@ def work_on(directory: Path) -> int:
         if (directory / RESULT).is_file():
             return 0
         try:
-            found = _compute(load_cell(directory), directory / RUN)
+            found = _compute(load_cell(directory), directory)
             write_whole(directory / RESULT, dumped(found))  # from now on the cell is done
         except Exception as error:
             expected = isinstance(error, ChainLoRAError)
@@ -78,9 +80,10 @@ def load_cell(directory: Path) -> CellConfig:
     return CellConfig(**read_tree(directory / CONFIG))
 
 
-def _compute(config: CellConfig, run: Path) -> dict[str, Any]:
-    """Train a config in `run`, resuming a run that is there, and return the cell's fields."""
-    plain = config.plain
+def _compute(config: CellConfig, directory: Path) -> dict[str, Any]:
+    """Train a config, resuming a run that is there, and return the cell's fields."""
+    run, data = directory / RUN, with_files(config.data, directory / ROWS)
+    plain = config.model_copy(update={"data": data}).plain
     rows = plain.start_data or "none"  # a cell is one stage, scored on its own rows
     plain = plain.model_copy(update={"output": str(run), "start_data": rows})
     try:

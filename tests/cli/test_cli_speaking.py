@@ -159,7 +159,6 @@ def test_chat_answers_one_prompt_and_exits(chainlora, loud, typed, tiny_folder):
         (answer,) = chatted(loud, [prompt])
         outcome = chainlora(*asked, prompt)
         assert (outcome.status, outcome.out) == (0, f"{answer}\n")
-    chainlora(*asked, "the cat " * 99).refused("must leave room in the context of 128 tokens")
     assert "cut" not in outcome.err  # at a limit of the user's own
     cut = chainlora("chat", tiny_folder, "--prompt", "good\ncat")
     assert cut.err == "chainlora: the answer was cut at the end of the model's context\n"
@@ -170,7 +169,6 @@ def test_chat_shows_tools_as_rows_do(chainlora, tmp_path, loud, typed):
     (tmp_path / "tools.json").write_text(json.dumps([tool]))
     folder = shutil.copytree(loud, tmp_path / "model")
     asked = ("chat", folder, "--max-new-tokens", 8, "--prompt", "good cat", "--tools")
-    chainlora(*asked, tmp_path / "tools.json").refused("must show `tools` (got ", "leave --tools")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = "{{ tools | tojson }}" + tokenizer.chat_template
     tokenizer.save_pretrained(folder)
@@ -178,13 +176,6 @@ def test_chat_shows_tools_as_rows_do(chainlora, tmp_path, loud, typed):
     assert said.status == 0, said.err
     assert said.out == f"{chatted(folder, ['good cat'], tools=[tool])[0]}\n"
     assert said.out != chainlora(*asked[:-1]).out
-    (tmp_path / "tools.json").write_text(json.dumps(tool))
-    chainlora(*asked, tmp_path / "tools.json").refused(
-        "must be a list of JSON schemas", "tools.json"
-    )
-    (tmp_path / "tools.json").write_text("[{]")
-    chainlora(*asked, tmp_path / "tools.json").refused("must be JSON", "tools.json line 1 column 3")
-    chainlora(*asked, tmp_path / "none.json").refused("a file must be read", "none.json")
 
 
 @pytest.fixture
@@ -230,22 +221,6 @@ def test_a_turn_that_is_too_long_does_not_end_what_was_said_before(chainlora, lo
     assert outcome.status == 0
     assert outcome.out == "".join(f"{said}\n" for said in chatted(loud, ["good cat", "bad mat"]))
     assert "leave room in the context of 128 tokens" in outcome.err
-
-
-def test_what_cannot_be_said(chainlora, tiny_folder, finished, typed, retold):
-    typed("hello\n")
-    chainlora("chat", retold(None)).refused(
-        "a model to chat with must have a chat template (got ", "use `chainlora generate` instead"
-    )
-    asked = ("generate", tiny_folder, "--prompt")
-    chainlora(*asked, "").refused("the prompt must have tokens (got an empty one)")
-    chainlora(*asked, "red birds fly " * 99).refused("must leave room in the context of 128 tokens")
-    chainlora(*asked, "a", "--links", 1).refused("--links needs a run directory")
-    chainlora(f"generate {finished} --links 9 --prompt a").refused(
-        "the number of links must be 0 to 3"
-    )
-    chainlora(*asked, "a", "--seed", 10**20).misused("is not in the range")
-    chainlora(*asked, "a", "--top-p", 0.5).misused("--top-p needs --temperature above 0")
 
 
 def test_a_program_of_its_own_streams_and_survives_a_reader_that_goes(tiny_folder):

@@ -148,17 +148,6 @@ def test_a_taken_name_is_refused_with_the_key_that_gives_another(january, tiny_f
     chainlora(into).refused("chainlora extend runs/january")
 
 
-def test_rows_are_given_once(january, chainlora):
-    said = chainlora("extend", january, "february.jsonl", "--data.train", "march.jsonl")
-    said.refused("a stage's rows are given once", "leave one out")
-
-
-def test_what_is_missing_is_named(chainlora):
-    chainlora(f"train {rows('january.jsonl')}").refused("add --model NAME")
-    chainlora("train none.csv --model m").refused("none.csv")
-    chainlora(f"train {rows('a.jsonl')} --model m --name 1").refused("must have a `name`")
-
-
 @pytest.mark.parametrize(
     ("path", "name"),
     [

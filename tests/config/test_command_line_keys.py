@@ -44,17 +44,17 @@ train.restart_warmup_steps: 1, train.dtype: bfloat16, train.gradient_checkpointi
 {chain.knots.every: 1, chain.knots.share: 0.5, chain.knots.follow_rate: true,
 chain.knots.moments: new, chain.knots.policy: spaced,
 data.num_train: 16, data.num_validation: 4, data.max_length: 64, data.truncation: left,
-data.shots: 1, data.data_seed: 3, data.new_rows_only: true, data.keep_rows: false,
+data.shots: 1, data.new_rows_only: true, data.keep_rows: false,
 data.keep_conflicts: true}
 """,
 }
 # Where the rows and the model come from: given in every run of this file.
-GIVEN = {"model", "output", "train.trackers", "data.task", "data.dir", "data.format"}
+GIVEN = {"model", "output", "train.trackers", "data.task", "data.format"}
 GIVEN |= {"data.train", "data.validation", "data.test", "data.num_test"}
-# test_data_templates.py, test_dpo.py, test_kept_rows.py, test_tasks.py, test_row_formats.py,
+# test_data_templates.py, test_dpo.py, test_kept_rows.py, test_row_formats.py,
 # test_quantized.py, where its packages are, test_start_rows.py, stages, beside
 GIVEN |= {"data.chat_template", "data.template_arguments", "train.loss", "train.dpo_beta"}
-GIVEN |= {"train.dpo_label_smoothing", "train.orpo_beta", "data.replay", "data.sampling"}
+GIVEN |= {"train.dpo_label_smoothing", "train.orpo_beta", "data.replay"}
 GIVEN |= {"data.fields", "quantize", "start", "start_data"}
 GIVEN |= {f"start_data.{key}" for key in StartData.model_fields}
 GIVEN |= {"train.shard", "plugins"}  # test_sharing.py, test_extension_points.py

@@ -51,7 +51,11 @@ WRONG = [
     ("chain.target_modules", "all", "`target_modules` must name modules (got all); use all-linear"),
     ("data.fields", "{question: prompt}", "`data.fields` must name fields of format auto: prom"),
     ("data", "{train: x, format: text, fields: {prompt: q}}", "`data.fields` must name fields of"),
-    ("data", "{task: sst2, fields: {text: q}}", "`data.fields` cannot be used with a task, whose"),
+    (
+        "data",
+        "{task: t, train: r, fields: {text: q}}",
+        "`data.fields` cannot be used with a t",
+    ),
     ("data.chat_template", "qwen", "`data.chat_template` must be a name, a file or a Jinja text ("),
     ("fp16", "true", "unknown key `fp16`; there is no such key here: train.dtype is float32"),
     ("chain.ranks", "[8, a]", "`chain.ranks` must be a whole number (got 'a' at position 1)"),
@@ -90,7 +94,7 @@ WRONG = [
     ("data.train", "[{weight: 2}]", "`data.train.path` must be given (got none); add it"),
     ("data.train", "[{path: a, wight: 2}]", "unknown key `data.train.0.wight`; did you mean 'weig"),
     ("data.[x]", "1", "unknown key `data.[x]`; known: "),
-    ("data.train", "null", "`data` must name a `task` or a `train` file (got neither); e.g. data:"),
+    ("data.train", "null", "`data` must name a `train` file (got none); e.g. train: my.jsonl"),
 ]
 
 
@@ -133,11 +137,9 @@ def test_a_number_that_no_key_can_mean_is_refused_by_name(key):
         ("train: {keep_best: true, eval_at_knots: false}", "need evaluations at knots"),
         ("train: {dpo_beta: 0.2}", r"`train.dpo_beta` needs loss: dpo \(got loss: null\); set"),
         ("train: {orpo_beta: 0.2}", "`train.orpo_beta` needs loss: orpo"),
-        ("data: {sampling: saner}", r"`data.sampling` needs train: null \(got train: "),
         ("chain: {init_batches: 2}", r"`chain.init_batches` needs init: gradient \(got init: kai"),
         ("train: {restart_warmup_steps: 5}", "needs restart_schedule: true .got restart_schedule:"),
-        ("data: {dir: x}", "exclude each other"),
-        ("data: {train: null, dir: x}", "must name a `task` or a `train` file .got only `dir`"),
+        ("data: {train: null, task: x}", "`data` must name a `train` file .got only task: x"),
         ("data: {task: rte, format: chat}", "`data.format` cannot be used with a task"),
         ("data: {train: [x, y, x]}", "`data.train` must name different files"),
         ("quantize: nf4", r"merged links without loss \(got hold: tied\); set chain.hold: carried"),
@@ -161,16 +163,6 @@ def test_a_key_that_yaml_reads_as_no_text_is_unknown(tmp_path, key, read):
     file.write_text(f"{yaml.safe_dump(TREE)}{key}: x\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=f"^unknown key `{read}`; known: chain, data, "):
         load_config(file)
-
-
-@pytest.mark.parametrize("key", ["data.validation", "data.test"])
-def test_rows_to_score_go_with_rows_to_train_on(key):
-    drawn = ("data.task", "rte"), ("data.train", "null")
-    said = r"`data.validation` and `data.test` need data.train \(got a task, .*add"
-    with pytest.raises(ConfigError, match=said):
-        config(*drawn, (key, "x.jsonl"))
-    assert config(*drawn).data.validation is None
-    config(("data.task", "rte"), (key, "x.jsonl"))
 
 
 def test_every_problem_is_in_the_one_line():
@@ -217,8 +209,7 @@ def test_a_tilde_is_the_home_of_the_user(tmp_path, monkeypatch):
     (tmp_path / "run/history.json").touch()
     own = {"validation": "~/v", "test": "~/t"}
     files = [{"path": "~/a", "weight": 1.0}, {"path": "~/b", "weight": 2.0}]
-    tasks = {"task": "~/task", "dir": "~/rows"}
-    for data in (tasks, own | {"train": files}, own | {"train": "~/rows"}):
+    for data in (own | {"train": files}, {"task": "~/task", "train": "~/rows"}):
         tree = {"model": "m", "data": data, "chain": {"ranks": []}, "output": "~/run"}
         found = make_config(tree)
         assert found.output == str(tmp_path / "run")

@@ -19,6 +19,7 @@ from chainlora.data.encoding.tokens import TokenReader
 from chainlora.data.sources import find_source
 from chainlora.data.tasks import Task, load_task
 from chainlora.errors import DataError
+from chainlora_lab.protocol import task_file
 
 
 @pytest.fixture
@@ -42,9 +43,10 @@ def test_teacher_forcing_keeps_the_right_candidate_alone(colour):
 
 def test_completions_end_with_the_end_token_where_the_task_says_so():
     tokenizer = make_tokenizer("bos eos")
-    for name, end in (("gsm8k", "</s>"), ("squad", "")):
-        row, _, completion, references = PROMPTS[name]
-        (example,) = encode_examples([row], tokenizer, load_task(name))
+    row, _, completion, references = PROMPTS["gsm8k"]
+    for add_eos, end in ((True, "</s>"), (False, "")):
+        task = load_task(task_file("gsm8k")).model_copy(update={"add_eos": add_eos})
+        (example,) = encode_examples([row], tokenizer, task)
         assert scored(example, tokenizer) == [[f"{completion}{end}"]]
         assert example.references == references
 

@@ -23,8 +23,8 @@ from chainlora.data.encoding import Options
 from chainlora.data.preparing import make_rows
 from chainlora.data.rows import MemoryRows
 from chainlora.data.sources import FileSource, HubSource, ListSource
-from chainlora.data.tasks import load_task
 from chainlora.errors import DataError
+from chainlora_lab.protocol import load_task
 
 TEXT = "the film was great and so is a plot of rain dogs cats two three"
 WORDS = TEXT.split()
@@ -54,21 +54,22 @@ def some_rows(kind: str, count: int = 57) -> list[dict]:
         "chat": lambda: {"messages": [{"role": "user", "content": words(5)}, *TALK[1:]]},
         "sst2": lambda: {"sentence": words(9) + " ", "label": draw.randrange(2)},
         "gsm8k": lambda: {"question": words(30), "answer": f"{words(4)}\n#### 2"},
-        "record": lambda: {
-            "passage": words(9),
-            "query": "@placeholder left.",
-            "entities": ["Ann", "Bob", words(2)],
-            "answers": ["Bob"],
+        "copa": lambda: {
+            "premise": words(9),
+            "question": "cause",
+            "choice1": "It fell.",
+            "choice2": words(2),
+            "label": 0,
         },
     }
     return [makers[kind]() for _ in range(count)]
 
 
-@pytest.mark.parametrize("kind", ["completion", "text", "chat", "sst2", "gsm8k", "record"])
+@pytest.mark.parametrize("kind", ["completion", "text", "chat", "sst2", "gsm8k", "copa"])
 def test_rows_on_disk_are_the_rows_in_memory(cache, tmp_path, monkeypatch, kind):
     tokenizer = make_tokenizer("bos", CHAT)
     source = FileSource(write_rows(tmp_path / "rows.jsonl", some_rows(kind)))
-    task = load_task(kind) if kind in ("sst2", "gsm8k", "record") else kind
+    task = load_task(kind) if kind in ("sst2", "gsm8k", "copa") else kind
     options = Options(24, "left") if kind != "text" else Options(24)
     stored = make_rows(source, tokenizer, task, options)
     monkeypatch.setattr(preparing, "IN_MEMORY", 1000)
@@ -78,7 +79,7 @@ def test_rows_on_disk_are_the_rows_in_memory(cache, tmp_path, monkeypatch, kind)
     assert list(stored) == list(kept)
     assert stored.summary == kept.summary
     assert stored.summary.rows == 57
-    assert stored.summary.rows_cut or stored.summary.rows_split or kind in ("sst2", "record")
+    assert stored.summary.rows_cut or stored.summary.rows_split or kind in ("sst2", "copa")
     assert stored.lengths.tolist() == kept.lengths.tolist()
     assert stored.lengths.tolist() == [sum(map(len, e.sequences)) for e in kept]
     assert stored.lengths.dtype == kept.lengths.dtype == np.int32

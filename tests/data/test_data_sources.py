@@ -9,11 +9,11 @@ import tracemalloc
 import pyarrow
 import pyarrow.parquet
 import pytest
-from helpers_tasks import write_as, write_rows, write_task
+from helpers_tasks import write_as, write_rows
 
 from chainlora import evaluate_task
-from chainlora.data.sources import FileSource, find_source
-from chainlora.data.tasks import load_task, split_source
+from chainlora.data.sources import FileSource, HubSource, find_source
+from chainlora.data.tasks import load_task
 from chainlora.errors import DataError
 
 
@@ -131,9 +131,7 @@ def test_a_hub_dataset_is_read_by_folder_and_split(tmp_path, monkeypatch):
         target = tmp_path / "hub" / folder / "train" / "0000.parquet"
         target.parent.mkdir(parents=True)
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": word, "label": 1}]), target)
-    hub = {"path": str(tmp_path / "hub"), "folder": "colour", "splits": {"training": "train"}}
-    task = load_task(write_task(tmp_path, hub=hub))
-    rows = list(split_source(task, None, "training"))
+    rows = list(HubSource(str(tmp_path / "hub"), "train", folder="colour"))
     assert rows == [{"text": "film", "label": 1}]
     assert rows[0].origin.endswith("train row 0")
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MptConfig, MptForC
 from chainlora.data.examples import Example
 from chainlora.data.sources import Row
 from chainlora.data.splits import encode_split
-from chainlora.data.tasks import load_task, split_source
+from chainlora.data.tasks import load_task
 from chainlora.engine.engine import Engine
 from chainlora.errors import ConfigError, DataError, ModelError
 from chainlora.evaluation.evaluate import evaluate, standard_error, values, weights_of
@@ -26,6 +26,7 @@ from chainlora.evaluation.generation import generate_greedy
 from chainlora.evaluation.metrics import token_f1
 from chainlora.evaluation.pair_scores import judge_pairs
 from chainlora.models.loading import load_model
+from chainlora_lab.protocol import CellData, read_split, task_file
 
 # Float32 log-probabilities near -5 carry rounding of about 5e-7; summing in another order over a
 # few layers stays below 1e-5.
@@ -209,8 +210,8 @@ def scored_both_ways(
 ):
     """The first validation rows by the fast scorer with the faster layers, and by the plain one
     from their text; and whether any was cut."""
-    task = load_task(task_name)
-    rows = list(split_source(task, folder, "validation"))[:num_rows]
+    task = load_task(task_file(task_name))
+    rows = read_split(CellData(task=task_name, dir=str(folder)), "validation")[:num_rows]
     texts = task.render_all(rows)
     expected = [
         reference_scores_of_text(model, tokenizer, t.prompt, t.candidates, max_length)

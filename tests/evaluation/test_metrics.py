@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 
 from chainlora.data.examples import Example
-from chainlora.data.tasks.task import WORD_METRICS, Metric
+from chainlora.data.tasks import WORD_METRICS, Metric
 from chainlora.errors import ConfigError
 from chainlora.evaluation.metrics import (
     INDEX_METRICS,

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from beside.test_rules import at, die
 from conftest import make_tiny_folder, write_rows
 from faults.lives import live
 from helpers import Stop, assert_same_links, flip_last_bit, settings, stage_dir, stopping
-from stages.cases import files_of, flipped, logits
+from helpers_stages import at, die, files_of, flipped, logits
 
 from chainlora import evaluate_task, export_adapter, load_run, train
 from chainlora.cli.main import run as cli
@@ -138,9 +137,7 @@ def test_rows_for_the_start_are_read_by_the_tokenizer_of_the_run_s_base(
     assert checksums(run) == before
 
 
-def test_what_cannot_be_taken_for_rows_of_the_start_is_refused(
-    made, tiny_folder, sentiment, capsys
-):
+def test_what_cannot_be_taken_for_rows_of_the_start_is_refused(made, tiny_folder, sentiment):
     run, before = made, files_of(made)
     file = str(sentiment / "validation.jsonl")
     tree = settings(tiny_folder, sentiment, run, chain=SHORT | {"steps": [20]})
@@ -150,19 +147,11 @@ def test_what_cannot_be_taken_for_rows_of_the_start_is_refused(
     for rows, got in (
         ({}, "must name rows"),
         ({"validation": 0.5}, "must name rows"),
-        ({"task": "rte", "validation": 0.5}, "`start_data.validation`"),
+        ({"test": "a", "validation": 0.5}, "`start_data.validation`"),
         ({"train": "a", "validation": "b", "fields": {"no": "x"}}, "`start_data.fields`"),
     ):
         with pytest.raises(ConfigError, match=got):
             train(tree | {"start_data": rows})
-    for words, status, got in (
-        ([file, "--start-rows", file], 2, "use it with --matrix"),
-        ([str(run), "--matrix", "--start-rows", file, "--links", "1"], 2, "leave --links out"),
-        ([f"{run}@main", "--matrix", "--start-rows", file], 2, "leave @main out"),
-        ([str(run), "--matrix", "--start-rows", "none.jsonl"], 1, "none.jsonl"),
-    ):
-        assert cli(["eval", *words]) == status
-        assert got in capsys.readouterr().err
     assert files_of(run) == before
 
 

@@ -237,7 +237,8 @@ def test_a_metric_that_a_sequence_has_no_score_of_is_refused(stages, sentiment):
     with pytest.raises(ConfigError, match=said):
         expand(make_experiment(tree | {"tune": tune}))
     for stage in config["stages"]:
-        stage["data"] = {"task": str(sentiment / "task.yaml")}
+        stage["data"] = dict.fromkeys(("train", "validation", "test"), f"{sentiment}/train.jsonl")
+        stage["data"]["task"] = str(sentiment / "task.yaml")
     with pytest.raises(ConfigError, match=r"by accuracy alone .*: loss"):
         expand(make_experiment(tree | {"tune": tune | {"metric": "loss"}}))
     assert expand(make_experiment(tree | {"tune": tune | {"metric": "accuracy"}}))

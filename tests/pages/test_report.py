@@ -204,22 +204,6 @@ def test_answers_end_as_the_task_of_a_run_says(tiny_folder, answers, tmp_path):
     assert answered() == (whole.split(stop)[0].strip() or "(nothing)")
 
 
-def test_prompts_that_are_none(chainlora, finished, tiny_folder, tmp_path):
-    empty, wrong = tmp_path / "empty.txt", tmp_path / "wrong.jsonl"
-    empty.write_text("\n")
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    wrong.write_text('{"question": "?"}\n')
-    ask = ("report", finished, "--output", tmp_path / "x.html", "--prompts")
-    chainlora(*ask, empty).refused("must not be empty", "empty.txt", "a prompt per line")
-    chainlora(*ask, wrong).refused("`prompt` of each row must be a text", "wrong.jsonl")
-    chainlora(*ask, tmp_path / "latin.txt").refused("must be UTF-8", "latin.txt")
-    chainlora(*ask, tmp_path / "missing.txt").refused("missing.txt")
-    chainlora("report", tmp_path / "none").refused("RUN must be a run directory")
-    save_chain(own_chain(tiny_folder), tmp_path / "saved")
-    chainlora("report", tmp_path / "saved", "--prompts", "1").refused("no rows of its own")
-    assert not (tmp_path / "x.html").exists()
-
-
 def own_chain(folder, *, with_live: bool = False) -> Chain:
     """A chain of two links, and of a live one."""
     chain = Chain(AutoModelForCausalLM.from_pretrained(folder), checkpoint=folder)
@@ -233,7 +217,7 @@ def own_chain(folder, *, with_live: bool = False) -> Chain:
     return chain
 
 
-def test_every_kind_of_run_has_a_page(tiny_folder, sentiment, tmp_path):
+def test_every_kind_of_run_has_a_page(chainlora, tiny_folder, sentiment, tmp_path):
     kinds = {
         "none": {"ranks": [], "steps": []},
         "one": {"ranks": [2], "steps": [2], "target_modules": ["q_proj"]},
@@ -245,6 +229,7 @@ def test_every_kind_of_run_has_a_page(tiny_folder, sentiment, tmp_path):
         train(settings(tiny_folder, sentiment, runs[-1], chain=chain))
     save_chain(own_chain(tiny_folder), tmp_path / "saved")
     runs.append(tmp_path / "saved")
+    chainlora("report", runs[-1], "--prompts", "1").refused("no rows of its own")
     pages = {run.name: page_of(run) for run in runs[2:]}
     assert "<i>named" not in pages["<i>named"]
     assert "Overlap of the links" not in pages["saved"]  # one number, which the table has

@@ -22,7 +22,6 @@ from helpers import sign
 from to_gguf.test_from_gguf import TOKENS, write_gguf
 
 from chainlora import export_adapter, files
-from chainlora.cli.main import run as command
 from chainlora.errors import FileError, RunError
 from chainlora.evaluation.stage_scores import Cell, line_of, stage_matrix
 from chainlora.models.loading import load_model
@@ -185,14 +184,3 @@ def test_what_is_only_looked_at_is_shown(chainlora, run_copy, caplog):
     assert f"chainlora: a file must be written (got File too large for {run_copy}" in shown.err
     assert len(scored.cells) == 2
     assert "the scores are not kept: a file must be written" in caplog.text
-
-
-def test_predictions_that_cannot_be_written_are_refused_before_the_model_loads(
-    sentiment, tmp_path, capsys
-):
-    (tmp_path / "file").write_text("mine")
-    where = str(tmp_path / "file" / "predictions.jsonl")
-    words = ["eval", "/no/such/model", "--task", str(sentiment / "task.yaml")]
-    words += ["--data", str(sentiment), "--predictions", where]
-    assert command(words) == 1
-    assert "at or below the file" in capsys.readouterr().err

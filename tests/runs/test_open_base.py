@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from beside.cases import section
 from conftest import tiny_model
 from helpers import assert_same_links, settings, stop_after
+from helpers_stages import section
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chainlora import extend, make_config, open_run, train

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import yaml
-from beside.test_adding import rows_of, save_lora
 from conftest import write_rows
 from helpers import entry_of, history_of, settings, sign, signed, stop_after, train_all
+from helpers_data import rows_of
+from helpers_export import save_lora
+from helpers_tasks import write_task
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -54,10 +56,7 @@ def of_validation(tree: dict[str, Any], folder: Path) -> None:
 
 
 def of_task(tree: dict[str, Any], folder: Path) -> None:
-    fields = {"question": "two", "passage": "red birds", "label": 1}
-    for split in ("train", "validation"):
-        write_rows(folder / f"{split}.jsonl", [fields] * 40)
-    tree["start_data"] |= {"train": None, "task": "boolq", "dir": str(folder)}
+    tree["start_data"] |= {"task": str(write_task(folder, prompt="two red birds"))}
 
 
 @pytest.mark.parametrize("edit", [of_template, of_rows, of_validation, of_task])

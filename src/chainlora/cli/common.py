@@ -197,10 +197,11 @@ def file_and_overrides(
 REMOVED = {
     "rehearse": "chainlora combine RUN --steps 60",
     "mix": "chainlora combine RUN with the names of the stages to keep, or undo",
+    "tasks": "a task file, as in docs/tasks.md",
     "--stages": "RUN@STAGE, or chainlora combine RUN with the names of the stages",
     "--each": "chainlora export RUN@STAGE for each stage",
 }
-"""Commands and options of development versions, and what replaces them."""
+"""Commands and options of earlier versions, and what replaces them."""
 
 
 class Verbs(click.Group):

@@ -1,4 +1,4 @@
-"""The commands about the installation: `chainlora doctor`, `schema` and `tasks`."""
+"""The commands about the installation: `chainlora doctor` and `chainlora schema`."""
 
 from __future__ import annotations
 
@@ -130,27 +130,3 @@ def schema(markdown: bool) -> None:
         click.echo(config_page(), nl=False)
     else:
         click.echo(json.dumps(config_schema(), indent=2, ensure_ascii=False))
-
-
-@click.command
-@click.argument("name", required=False)
-@json_option
-def tasks(name: str | None, as_json: bool) -> None:
-    """List the tasks, or show one task: prompt, labels, source.
-
-    NAME is a task of the list, or a task file of your own.
-    """
-    from chainlora.config.yaml_text import dump_yaml
-    from chainlora.data.tasks import list_tasks, load_task
-
-    if name is not None:
-        task = load_task(name)
-        tree = task.model_dump(mode="json", exclude_defaults=True)
-        show(task.model_dump(mode="json"), dump_yaml(tree).rstrip(), as_json)
-        return
-    shipped = [load_task(task_name) for task_name in list_tasks()]
-    width = max(len(task.name) for task in shipped)
-    lines = [f"{t.name:<{width}}  {t.metric:<9} {t.description}" for t in shipped]
-    keys = ("name", "description", "metric")
-    listed = {"tasks": [{key: getattr(task, key) for key in keys} for task in shipped]}
-    show(listed, "\n".join(lines), as_json)

@@ -80,7 +80,7 @@ def _run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, click.exceptions.Abort):  # click converts KeyboardInterrupt
         click.echo("chainlora: interrupted", err=True)
         return SIGNALLED + signal.SIGINT
-    except BrokenPipeError:  # the reader of the output is gone: chainlora tasks | head -1
+    except BrokenPipeError:  # the reader of the output is gone: chainlora log RUN | head -1
         return 1
     except ChainLoRAError as error:
         return _fail(str(error), debug)

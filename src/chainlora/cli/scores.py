@@ -27,15 +27,13 @@ if TYPE_CHECKING:
 
 @click.command(name="eval")
 @click.argument("run_or_model", metavar="RUN|MODEL|EXPORT", type=click.Path())
-@click.option(
-    "--task", help="Task name (see `chainlora tasks`) or a task file. Default: the run's own rows."
-)
+@click.option("--task", help="Task file that says how --data is read. Default: the run's own.")
 @click.option(
     "--data",
     type=click.Path(),
-    help="One file of rows, or the task's folder. Default: the run's own, or from the Hub.",
+    help="File, folder or Hub dataset of rows. Default: the run's own.",
 )
-@click.option("--split", show_default="validation", help="The split of the task or the run.")
+@click.option("--split", show_default="validation", help="The split of the run, or of a folder.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first N rows, in file order.")
 @links_option
 @dtype_option

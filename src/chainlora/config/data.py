@@ -41,27 +41,21 @@ Format = Literal["auto", "completion", "chat", "text", "sharegpt", "alpaca", "co
 
 
 class DataConfig(Section):
-    """Where the rows come from.
-
-    Give a `task`, or a `train` file, or both (a task's prompt over your own files). Files are
-    JSONL, JSON, CSV or Parquet.
-    """
+    """Where the rows come from, and how they are read. Files are JSONL, JSON, CSV or Parquet."""
 
     task: Annotated[str | None, Home] = None
-    """Name of a shipped task (`chainlora tasks`) or path of a task file ([tasks](tasks.md))."""
-    dir: Annotated[str | None, Home] = None
-    """Folder with the task's rows; `null` fetches them from the Hub."""
+    """Path of a [task file](tasks.md), whose prompt and answers the rows of all files get."""
     train: Annotated[str | list[TrainFile] | None, Home] = None
     """File with the training rows, or a list of files, each a path or `{path: …, weight: …}`.
     `weight: 2` reads every row twice per epoch; `weight: 0.5` reads half of the rows, and the other
     half in the next epoch."""
     validation: Annotated[str | Count | Annotated[float, Field(gt=0, lt=1)] | None, Home] = None
-    """Rows that choose the best point, only beside `data.train`: a file; or a share (`0.05`) or
+    """Rows that choose the best point: a file; or a share (`0.05`) or
     number (`500`) of the prompts in `data.train`, drawn by a hash of their tokens: equal prompts
     stay together. With a share, rows that are added later never move others to the other side; with
     a number they can."""
     test: Annotated[str | None, Home] = None
-    """File with the rows to report on; only beside `data.train`."""
+    """File with the rows to report on."""
     format: Format = "auto"
     """[Format of a row](rows.md#formats): `completion` (loss on the completion), `chat` (loss on
     the assistant's turns), `text` (loss on everything), and those of other tools: `sharegpt`,
@@ -75,16 +69,11 @@ class DataConfig(Section):
     template_arguments: Arguments = Field(default={})
     """Arguments of the chat template, e.g. `{enable_thinking: false}`."""
     num_train: Count | None = None
-    """Number of training rows, the first of each file; `null` is the task's number, or all."""
+    """Number of training rows, the first of each file; `null` is all."""
     num_validation: Count | None = None
     """The same for validation."""
     num_test: Count | None = None
     """The same for test."""
-    data_seed: Annotated[int, Field(ge=-(2**32), lt=2**32)] = 0
-    """Which rows a task draws; independent of `train.seed`."""
-    sampling: Literal["protocol", "saner"] = "protocol"
-    """`protocol` draws as MeZO and the paper do; `saner` leaves small tasks (WSC) more rows to
-    train on."""
     max_length: Annotated[int, Field(ge=2, lt=LARGEST)] | None = None
     """Longest sequence in tokens; `null` is the model's context."""
     truncation: Literal["drop", "cut", "error", "left"] | None = None
@@ -136,12 +125,9 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check_sources(self) -> DataConfig:
-        task, train = self.task, self.train
+        got = "none" if self.task is None else f"only task: {self.task}"
         refuse_if(
-            task is None and train is None,
-            "`data` must name a `task` or a `train` file",
-            "neither" if self.dir is None else "only `dir`, the folder of a task's rows",
-            "e.g. data: {train: my.jsonl}",
+            self.train is None, "`data` must name a `train` file", got, "e.g. train: my.jsonl"
         )
         return self
 
@@ -171,25 +157,12 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check_files(self) -> DataConfig:
-        task, train = self.task, self.train
         paths = [file.path for file in self.train_files]
         refuse_if(
             len(set(paths)) < len(paths),
             "`data.train` must name different files",
             ", ".join(paths),
             "to read a file twice per epoch, set its weight: 2",
-        )
-        refuse_if(
-            train is not None and self.dir is not None,
-            "`data.dir` and `data.train` exclude each other",
-            "both",
-            "keep one",
-        )
-        refuse_if(
-            task is not None and train is None and (self.validation or self.test),
-            "`data.validation` and `data.test` need data.train",
-            "a task, which draws its rows itself",
-            "add data.train, or leave them out",
         )
         refuse_if(
             self.holds_out and self.num_validation,
@@ -201,7 +174,7 @@ class DataConfig(Section):
 
     @property
     def train_files(self) -> list[TrainFile]:
-        """The files of training rows; empty for a task that draws its rows."""
+        """The files of training rows."""
         return [TrainFile(path=self.train)] if isinstance(self.train, str) else self.train or []
 
     @property
@@ -218,9 +191,7 @@ class StartData(Section):
     """
 
     task: Annotated[str | None, Home] = None
-    """Name or path of a task."""
-    dir: Annotated[str | None, Home] = None
-    """Folder with the task's rows; `null` fetches them from the Hub."""
+    """Path of a task file."""
     train: Annotated[str | list[str] | None, Home] = None
     """File or files with rows that combinations and `data.replay` read."""
     validation: Annotated[str | Count | Annotated[float, Field(gt=0, lt=1)] | None, Home] = None
@@ -236,9 +207,9 @@ class StartData(Section):
     @model_validator(mode="after")
     def _check(self) -> StartData:
         refuse_if(
-            not (self.task or self.train or isinstance(self.validation, str) or self.test),
+            not (self.train or isinstance(self.validation, str) or self.test),
             "`start_data` must name rows",
-            "none",
+            "none" if self.task is None else f"only task: {self.task}",
             "e.g. start_data: {validation: general.jsonl}",
         )
         refuse_if(
@@ -258,9 +229,9 @@ class StartData(Section):
     def as_data(self, own: DataConfig | None = None) -> DataConfig:
         """Return these rows as a `data` section, with shared keys from the run's section `own`."""
         tree = self.model_dump()
-        if self.train is None and not (self.task and not self.validation and not self.test):
+        if self.train is None:
             tree["train"] = ""  # no file
-        shared = ("chat_template", "template_arguments", "max_length", "truncation", "data_seed")
+        shared = ("chat_template", "template_arguments", "max_length", "truncation")
         update = {} if own is None else {key: getattr(own, key) for key in shared}
         return DataConfig(**tree).model_copy(update=update)
 

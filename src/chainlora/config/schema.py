@@ -131,7 +131,6 @@ class TrainConfig(Section):
 
 
 READ_WITH: Mapping[str, tuple[str, Any]] = {
-    "data.sampling": ("train", None),
     "chain.init_batches": ("init", "gradient"),
     "train.restart_warmup_steps": ("restart_schedule", True),
     "train.dpo_beta": ("loss", "dpo"),
@@ -199,12 +198,6 @@ class RunConfig(Called):
             "hold: tied",
             "set chain.hold: carried",
         )
-        refuse_if(
-            chain.ranks and not (chain.has_length or self.data.train),
-            "`chain` must set the length of each link",
-            "no epochs, steps or tokens",
-            f"e.g. epochs: {[1] * len(chain.ranks[:9])}",
-        )
         return self
 
     @model_validator(mode="after")
@@ -239,5 +232,5 @@ class RunConfig(Called):
 
     @property
     def has_validation(self) -> bool:
-        """Whether files or a task give validation rows."""
-        return bool(self.data.validation or (self.data.task and self.data.train is None))
+        """Whether the config names validation rows."""
+        return bool(self.data.validation)

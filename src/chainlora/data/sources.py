@@ -220,7 +220,7 @@ class HubSource(Source):
                 reason = "HF_HUB_OFFLINE is set and the dataset is not in the cache"
             raise DataError(
                 f"Hub dataset {self.path} split {self.split!r} must be reachable (got: {reason}); "
-                "go online, or name a local folder of rows (data.dir, --data DIR)"
+                "go online, or name a local file or folder of rows"
             ) from error
 
     def records(self, first: int = 0) -> Iterator[Record]:

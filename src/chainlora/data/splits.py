@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,20 +31,9 @@ from chainlora.data.row_warnings import (
 )
 from chainlora.data.rows import COUNTED, MemoryRows, Rows, joined
 from chainlora.data.sources import ListSource, Row, Source, find_source
-from chainlora.data.tasks import (
-    REPORTED_OF_TEXT,
-    WORD_METRICS,
-    Task,
-    flat,
-    load_task,
-    sample_splits,
-    split_files,
-    split_source,
-    unseen_source,
-)
+from chainlora.data.tasks import REPORTED_OF_TEXT, WORD_METRICS, Task, load_task
 from chainlora.data.templates import set_chat_template
 from chainlora.errors import ConfigError
-from chainlora.files import sha256
 
 _log = logging.getLogger(__name__)
 
@@ -189,7 +177,7 @@ class _SplitEncoding:
         self.data, self._tokenizer, self._progress = data, tokenizer, progress
         learned = scored = Options(length_limit(data, context), data.truncation, objective=loss)
         self.task = task = None if data.task is None else load_task(data.task)
-        self.sources = _file_sources(data) if task is None else _task_sources(task, data)
+        self.sources = _file_sources(data)
         if task is not None:
             before, self.sources["train"] = _demonstrations(task, data, self.sources["train"])
             learned = replace(learned, objective=loss or task.loss, before=before)
@@ -291,18 +279,16 @@ def learned_by(data: DataConfig, loss: str | None) -> str:
 
 
 def named_sources(data: DataConfig) -> dict[str, list[TrainFile]]:
-    """Return the sources of a config by key: the task, its folder, data files with weights."""
-    values = {f"data.{key}": getattr(data, key) for key in ("task", "dir", "validation", "test")}
+    """Return the sources of a config by key: the task, data files with weights."""
+    values = {f"data.{key}": getattr(data, key) for key in ("task", "validation", "test")}
     named = {key: [TrainFile(path=path)] for key, path in values.items() if isinstance(path, str)}
     return named | ({"data.train": data.train_files} if data.train_files else {})
 
 
 def source_digest(key: str, path: str, data: DataConfig) -> str:
-    """Return a digest of a task, of the files in its folder, or of a data file, by content."""
+    """Return a digest of a task or of a data file, by content."""
     if key == "data.task":
         return hashlib.sha256(load_task(path).model_dump_json().encode()).hexdigest()
-    if key == "data.dir":
-        return " ".join(map(sha256, split_files(load_task(str(data.task)), path)))
     split = key.removeprefix("data.")
     return find_source(path, split, getattr(data, f"num_{split}")).identity()
 
@@ -321,13 +307,9 @@ def check_files(data: DataConfig, loss: str | None) -> None:
     """Check that the task and the data files exist, and read the first row of each file.
 
     Rows of a task are not rendered. Warns if some splits are plain text and others are not. Raises
-    ConfigError if there is no such task, DataError if rows are missing or have no known format.
+    ConfigError if the task file is missing, DataError if rows are missing or of no known format.
     """
     task = None if data.task is None else load_task(data.task)
-    if task is not None and data.dir is not None:
-        split_files(task, data.dir)
-    elif task is not None and data.train is None:
-        split_source(task, None, "train")
     kinds: dict[str, set[str]] = {}
     for split, sources in _file_sources(data).items():
         for source in sources:
@@ -358,7 +340,7 @@ def encode_split(
     shapes = data is not None and (data.max_length or data.truncation or data.shots)
     if data is not None and data.task and shapes and load_task(data.task).name == task.name:
         files = data.model_copy(update={"validation": None, "test": None})
-        train = _task_sources(task, files)["train"] if data.shots else []
+        train = _file_sources(files)["train"] if data.shots else []
         before, _ = _demonstrations(task, data, train)
         limit = length_limit(data, context)
         options = replace(options, max_length=limit, truncation=data.truncation, before=before)
@@ -415,20 +397,6 @@ def length_limit(data: DataConfig, context: int) -> int:
     return data.max_length or context
 
 
-def _task_sources(task: Task, data: DataConfig) -> dict[str, list[Source]]:
-    if data.train is not None:
-        return {  # a limit counts rows, not the passages of nested ones
-            split: [
-                replace(flat(replace(source, limit=None), task.name), limit=source.limit)
-                for source in sources
-            ]
-            for split, sources in _file_sources(data).items()
-        }
-    sizes = (data.num_train, data.num_validation, data.num_test)
-    drawn = sample_splits(task, data.dir, *sizes, data.data_seed, data.sampling)
-    return {split: [ListSource(rows)] if rows else [] for split, rows in drawn.items()}
-
-
 def _file_sources(data: DataConfig) -> dict[str, list[Source]]:
     """Return the sources of a user's data files; `num_SPLIT` takes the first rows of each."""
     paths: dict[str, list[Any]] = {"train": [file.path for file in data.train_files]}
@@ -454,10 +422,3 @@ def _digest(rows: Mapping[str, Rows], before: str) -> str:
     for split in SPLITS:
         digest.update(f"\n{split} {rows[split].summary.digest}".encode())
     return f"2:{digest.hexdigest()[:12]}"
-
-
-def task_split_source(task: Task, data: str | None, split: str, limit: int | None) -> Source:
-    """Return the first `limit` rows of a task's split; `data` is a folder or a file."""
-    if data is None or not Path(data).is_file():
-        return unseen_source(task, data, split, limit)
-    return replace(flat(find_source(data), task.name), limit=limit)

@@ -21,7 +21,6 @@ from chainlora.data.splits import (
     named_sources,
     prepare_splits,
     source_digest,
-    task_split_source,
 )
 from chainlora.data.tasks import Task, load_task
 from chainlora.engine.engine import Engine, ScoringProgress, Speedups
@@ -64,9 +63,9 @@ def evaluate_task(
     Args:
         run_or_model: a run or a state (`open_run`), a model (`load_model`), or an export. An
             adapter is scored on the base that it names, with rows read as in its run.
-        task: a task, its name or file. A run reads its own task as in training, with the same
+        task: a task or its file, for `data`. A run reads its own task as in training, with the same
             length limit, truncation and demonstrations. By default the run's own rows are scored.
-        data: a folder or file of rows; by default those of the run or of the Hub. Without a task,
+        data: a file, folder or Hub dataset of rows; by default those of the run. Without a task,
             they are rows of the run's task, or of its format; for a model, of the default format.
         split: train, validation or test.
         limit: score only the first rows, in file order.
@@ -195,7 +194,10 @@ def rows_to_score(
     chosen = run_task if task is None and data is not None else task
     if chosen is None:
         return _own_rows(run_or_model, config, data, split, limit), run_task
-    source = task_split_source(chosen, data, split, limit)
+    if data is None:
+        rule, remedy = f"task {chosen.name!r} needs rows", "name a file or folder of them as data"
+        raise ConfigError(rule, "none", remedy)
+    source = find_source(data, split, limit)
 
     def encode(tokenizer: Any, context: int) -> tuple[Task, Sequence[Example]]:
         if task is None and data_config is not None:
@@ -220,15 +222,14 @@ def _own_rows(
         keys: dict[str, Any] = {"train": data, "num_train": None, "validation": None, "test": None}
         config = config.model_copy(update=keys | {split: data, f"num_{split}": limit})
     else:
-        is_from_files = config.task is None or config.train is not None
-        if is_from_files and not getattr(config, split):
+        if not getattr(config, split):
             raise RunError(
                 f"a run scored on its own rows must have some (got no data.{split} in the config "
                 f"of {run}); name another split, or a file as data, or take --matrix (kept rows)"
             )
         if config.holds_out or split == "train":
             bound, earlier = divided_by(run)
-        if is_from_files and not (config.holds_out or earlier or config.shots):
+        if not (config.holds_out or earlier or config.shots):
             counts = [n for n in (getattr(config, f"num_{split}"), limit) if n is not None]
             config = config.model_copy(update={f"num_{split}": min(counts, default=None)})
 

@@ -281,11 +281,11 @@ def not_named(what: str, plugins: Sequence[str]) -> str:
 def _compared_keys(config: RunConfig) -> dict[str, Any]:
     """Return the keys of a config that decide the weights, by their dotted names.
 
-    Left out are the output, the start (its links and kept rows are compared), folders of tasks,
-    plug-ins (`check_plugins`), trackers and logs, and the sharding of the model.
+    Left out are the output, the start (its links and kept rows are compared), plug-ins
+    (`check_plugins`), trackers and logs, and the sharding of the model.
     """
     left_out: dict[str, Any] = dict.fromkeys(("output", "plugins", *OF_START), True)
-    tree = config.model_dump(exclude=left_out | {"data": {"dir"}})
+    tree = config.model_dump(exclude=left_out)
     for key in ("trackers", "save_every", "log_every", "shard"):
         tree["train"].pop(key)
     flat = {key: tree.pop(key) for key in ("model", "quantize")}

@@ -110,7 +110,7 @@ def _checked(keys: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(rule, f"`{wrong[0]}`", remedy)
     if isinstance(data.get("train"), Path):
         data["train"] = str(data["train"])
-    if not (data.get("train") or data.get("task")):
+    if not data.get("train"):
         remedy = "give some of the adapter's training rows, --rows FILE"
         raise ConfigError("a combination reads rows", "none", remedy)
     return tree

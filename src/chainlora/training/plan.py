@@ -278,9 +278,7 @@ def _warn_of_unread(stage: Stage) -> None:
 
 def _unread(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Yield keys that change nothing with the other keys, and why."""
-    data, train = config.data, config.train
-    if data.data_seed and data.train is not None and not isinstance(config.start_data, StartData):
-        yield "data.data_seed", "on files; it draws the rows of a task"
+    train = config.train
     for key in () if reads_adam_keys(train.optimizer) else ("betas", "eps"):
         if getattr(train, key) != type(train).model_fields[key].default:
             yield f"train.{key}", f"on {train.optimizer}; give train.optimizer_options"

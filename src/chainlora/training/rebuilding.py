@@ -41,7 +41,7 @@ from chainlora.training.processes import num_launched
 from chainlora.training.refusing import check_due, naming
 from chainlora.training.result import TrainResult
 
-_PLACES = {"output", "model", "task", "dir", "train", "validation", "test"}
+_PLACES = {"output", "model", "task", "train", "validation", "test"}
 _PLACES |= {"plugins", "trackers"}  # never taken from a lineage: the user names them again
 
 
