@@ -1,6 +1,6 @@
 """Whatever configs, overrides, histories and adapters hold: an error of ours, or a right value.
 
-No case takes a minute or writes elsewhere (`fuzzing.contained`). ``CHAINLORA_FULL=1`` runs more
+No case writes elsewhere (`fuzzing.contained`). ``CHAINLORA_FULL=1`` runs more
 than 10,000 cases, here and in test_fuzz_inputs.py; without it a few hundred.
 """
 

@@ -19,7 +19,6 @@ from chainlora.config.schema import DataConfig
 from chainlora.data import preparing
 from chainlora.data.splits import prepare_splits
 from chainlora.errors import DataError
-from chainlora.training.progress import _lines_of_split
 
 
 @settings(max_examples=80, deadline=None)
@@ -45,17 +44,6 @@ def test_blocks_of_a_text_learn_every_token_once_from_the_one_before(text, speci
     assert learned == list(pairwise(whole))
     most = limit - len(front) - 1  # tokens that a block adds: there are as few blocks as can be
     assert (len(blocks) - 1) * most < len(whole)
-
-
-def test_what_is_held_out_of_a_long_text_counts_among_its_blocks(tmp_path):
-    rows = [{"text": f"{k} dogs " * 40} for k in range(4)]
-    data = DataConfig(train=str(write_rows(tmp_path / "rows.jsonl", rows)), validation=1)
-    found = prepare_splits(data, make_tokenizer("bos"), 64)
-    (held_out, said) = _lines_of_split(found.report()["train"])
-    assert f"{len(found.validation)} held out" in held_out
-    assert said.startswith("4 of 4 texts")
-    assert f": {len(found.train) + len(found.validation)} blocks" in said
-    assert not list(_lines_of_split(found.report()["validation"]))
 
 
 def test_a_run_on_a_long_text_trains_on_all_of_it_and_says_so(tiny_folder, tmp_path, capsys):

@@ -153,11 +153,8 @@ def test_answers_to_different_turns_are_refused(template, beside, other):
         encode_examples([row], make_tokenizer("", template), "auto", objective="dpo")
 
 
-@pytest.mark.parametrize("loss", ["dpo", "orpo"])
-def test_pairs_of_equal_answers_are_counted_and_refused_where_all_are(
-    settings, tmp_path, loss, caplog
-):
-    tree, path = settings(train={"loss": loss}, steps=[1, 1]), tmp_path / "equal.jsonl"
+def test_pairs_of_equal_answers_are_counted_and_refused_where_all_are(settings, tmp_path, caplog):
+    tree, path = settings(steps=[1, 1]), tmp_path / "equal.jsonl"
     tree["data"]["train"] = str(path)
     equal = [row | {"rejected": row["chosen"]} for row in pairs(6)]
     write_rows(path, equal)
