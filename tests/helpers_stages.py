@@ -139,4 +139,6 @@ def killed(event: str, address: Path | str, own: dict[str, Any], **keys: Any) ->
 
 
 def unbuilt(run: Path) -> list[str]:
-    return [entry.key for entry in read_history(run).unbuilt]
+    """Stages of a run's plan that have no state yet."""
+    history = read_history(run)
+    return [name for name in history.plan().names if history.find(name) is None]

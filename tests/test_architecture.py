@@ -70,9 +70,9 @@ MORE: dict[str, dict[str, set[str]]] = {
         "data.encoding.tokens data.readers data.rows data.sources data.splits data.tasks "
         "data.templates errors evaluation.answers evaluation.generation "
         "evaluation.stage_scores evaluation.training_rows files models.text_config "
-        "runs.addresses runs.cards runs.changes runs.draft runs.exported runs.history "
-        "runs.history_file runs.inspection runs.locks runs.opening runs.paths runs.records "
-        "runs.state"
+        "runs.addresses runs.cards runs.changes runs.draft runs.entries runs.exported "
+        "runs.history runs.history_file runs.inspection runs.locks runs.opening runs.paths "
+        "runs.records runs.state"
     ),
     "chainlora_lab": {
         "chainlora.config.data": {"DataConfig", "Home"},

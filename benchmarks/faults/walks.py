@@ -37,7 +37,7 @@ from faults.lives import End, live
 import chainlora
 from chainlora.cli.main import run as command
 from chainlora.runs.addresses import state_at
-from chainlora.runs.history import BASE
+from chainlora.runs.entries import BASE
 from chainlora.runs.history_file import read_history
 from chainlora.runs.paths import is_run
 

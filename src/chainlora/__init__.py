@@ -16,8 +16,7 @@ _NAMES = {  # the public names of each module
     "chainlora.chain.link": ("Link", "stack_links"),
     "chainlora.config.schema": ("LinkConfig", "RunConfig"),
     "chainlora.config.reading": ("load_config", "make_config"),
-    "chainlora.training.stages": ("train", "extend", "add"),
-    "chainlora.evaluation.combination": ("combine",),
+    "chainlora.training.stages": ("train", "extend", "add", "combine"),
     "chainlora.runs.addresses": ("open_run",),
     "chainlora.runs.changes": ("undo", "redo", "log"),
     "chainlora.evaluation.stage_scores": ("stage_matrix",),
@@ -50,7 +49,6 @@ if TYPE_CHECKING:
     from chainlora.config.schema import RunConfig as RunConfig
     from chainlora.data.tasks import load_task as load_task
     from chainlora.errors import ChainLoRAError as ChainLoRAError
-    from chainlora.evaluation.combination import combine as combine
     from chainlora.evaluation.difference import diff as diff
     from chainlora.evaluation.scoring import evaluate_task as evaluate_task
     from chainlora.evaluation.stage_scores import stage_matrix as stage_matrix
@@ -69,6 +67,7 @@ if TYPE_CHECKING:
     from chainlora.runs.saved_chain import save_chain as save_chain
     from chainlora.training.result import TrainResult as TrainResult
     from chainlora.training.stages import add as add
+    from chainlora.training.stages import combine as combine
     from chainlora.training.stages import extend as extend
     from chainlora.training.stages import train as train
     from chainlora_trainer.callback import ChainCallback as ChainCallback

@@ -25,11 +25,11 @@ from chainlora.errors import ConfigError
 from chainlora.files import write_tensors
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.state import OpenState
-from chainlora.training.building import carry_out
 from chainlora.training.events import Listener
 from chainlora.training.loop import tuned
 from chainlora.training.objectives import Objective, make_objective
 from chainlora.training.plan import make_plan
+from chainlora.training.reconcile import carry_out
 from chainlora.training.result import TrainResult
 from chainlora.training.run import Run
 from chainlora_lab.ways.regularisers import Regulariser

@@ -30,7 +30,7 @@ from chainlora.engine.engine import Engine
 from chainlora.errors import ConfigError
 from chainlora.evaluation.evaluate import evaluate
 from chainlora.registry import entry
-from chainlora.runs.history import START
+from chainlora.runs.entries import START
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import chain_on_base
 from chainlora.runs.state import OpenState

@@ -10,7 +10,7 @@ from typing import Any
 
 from chainlora.evaluation.metrics import is_higher_better
 from chainlora.evaluation.stage_scores import StageMatrix, shades_of
-from chainlora.runs.history import BASE, COMBINED
+from chainlora.runs.entries import BASE, COMBINED
 from chainlora.runs.records import Record
 from chainlora_pages.charts import (
     GREY,

@@ -16,7 +16,7 @@ from chainlora.errors import ChainLoRAError
 from chainlora.evaluation.metrics import is_higher_better
 from chainlora.files import make_folder, write_text
 from chainlora.runs.cards import public_name
-from chainlora.runs.history import BASE, MAIN
+from chainlora.runs.entries import BASE, MAIN
 from chainlora.runs.paths import exists_in, need_apart, split_address
 from chainlora.runs.state import OpenState
 from chainlora.showing import number
@@ -313,10 +313,6 @@ def _remarks(run: RunFacts, is_alone: bool) -> list[Block]:
             )
     if is_alone and run.state.is_combined and not _scores_now(run):
         remarks.append(f"{name} is not scored yet: `chainlora eval` with `--matrix` does it.")
-    if not (run.state.is_before_training or run.state.is_as_trained):
-        remarks.append(
-            f"A stage below {name} was pruned: the scores of its training do not apply to it now."
-        )
     return [Text(text) for text in remarks]
 
 

@@ -10,7 +10,7 @@ from chainlora.config.schema import RunConfig
 from chainlora.evaluation.stage_scores import StageMatrix, stage_matrix
 from chainlora.runs.addresses import open_run
 from chainlora.runs.draft import Progress
-from chainlora.runs.history import BASE
+from chainlora.runs.entries import BASE
 from chainlora.runs.inspection import inspect_run
 from chainlora.runs.records import Record, of_event, score_names
 from chainlora.runs.state import OpenState
@@ -99,7 +99,7 @@ def read_state(state: OpenState, name: str) -> RunFacts:
     stages = [_part(state.at(entry.key), entry.key) for entry in parts]
     if state.draft is not None and stages:
         stages[-1] = replace(facts, name=state.key)
-    is_plain = is_one and state.is_as_trained and not state.is_combined  # its scores are records
+    is_plain = is_one and not state.is_combined  # its scores are records
     return replace(
         facts,
         inspection=inspect_run(state),

@@ -26,7 +26,7 @@ from chainlora import Chain, ChainLoRAError, LinkConfig
 from chainlora.chain.adapters import LIVE, live_factors, load_adapter
 from chainlora.errors import DivergedError
 from chainlora.knots.moments import carry_moments
-from chainlora.runs.history import Base
+from chainlora.runs.entries import Base
 from chainlora.runs.links import write_adapter_of
 
 

@@ -250,8 +250,8 @@ def test_a_changed_answer_is_told_once(months, done, caplog):
     assert [len(each.train) for each in kept.values()] == [5, 2, 2]  # and scored as before
     done("extend", months, "april.jsonl", "--name", "both", "--keep-conflicts")
     history = json.loads((months / "history.json").read_text())
-    recipes = [e.get("recipe", {}) for e in history["entries"] if e["kind"] == "combine"]
-    told = [recipe.get("keep_conflicts", False) for recipe in recipes]
+    hows = [e.get("how", {}) for e in history["entries"] if e["kind"] == "combine"]
+    told = [how.get("keep_conflicts", False) for how in hows]
     assert told == [False, False, True]  # a combination has what its last stage says
 
 

@@ -22,9 +22,8 @@ from chainlora.data.examples import Example
 from chainlora.engine.engine import Engine
 from chainlora.engine.head import divergence
 from chainlora.errors import RunError
-from chainlora.evaluation.combination import combine
 from chainlora.runs.addresses import open_run
-from chainlora.training.stages import prune
+from chainlora.training.stages import combine, prune
 
 STEPS = 12
 
@@ -75,7 +74,7 @@ def test_they_train_the_link_and_keep_its_rank(run):
     before, closed = open_run(run), losses(run)
     after = combine(run, steps=40)
     assert after.facts[0].rank == before.facts[0].rank
-    assert (after.facts[0].num_steps, after.entry.recipe.steps) == (40, 40)
+    assert (after.facts[0].num_steps, after.entry.how.steps) == (40, 40)
     found = losses(run)
     assert sum(found.values()) < sum(closed.values())
     assert not (run / "stages" / after.key).exists()  # the point that a kill leaves
@@ -86,7 +85,7 @@ def test_they_depend_on_the_parts_alone(run, tmp_path):
     combine(run, steps=STEPS)
     prune(run, "b")
     pruned = link_of(run)
-    assert open_run(run).entry.recipe.steps == STEPS
+    assert open_run(run).entry.how.steps == STEPS
     combine(run, ["c", "a"], steps=STEPS, output=tmp_path / "other")
     assert_same(pruned, link_of(tmp_path / "other"))
 
@@ -94,7 +93,7 @@ def test_they_depend_on_the_parts_alone(run, tmp_path):
 def test_a_stage_that_is_added_keeps_them(run, sentiment):
     combine(run, steps=2)
     train_on(run, section(sentiment, "d"), beside=True)
-    assert open_run(run).entry.recipe.steps == 2
+    assert open_run(run).entry.how.steps == 2
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="lives are forked")
@@ -135,6 +134,6 @@ def test_they_are_an_option(run, chainlora):
     said = chainlora(f"combine {run} --steps 2 --json")
     assert said.status == 0
     assert json.loads(said.out)["of"] == ["a", "b", "c"]
-    assert open_run(run).entry.recipe.steps == 2
+    assert open_run(run).entry.how.steps == 2
     with pytest.raises(RunError, match="must be 0 or more"):
         combine(run, steps=-1)

@@ -105,8 +105,6 @@ def test_what_cannot_be_compared_is_refused_before_training(run, sentiment, tmp_
         with pytest.raises(ConfigError, match="must be 0 or more"):
             extend(run, stage, max_forgetting=limit)
     extend(run, section(sentiment, "d"), progress=False)
-    words = ("extend", f"{run}@a", stage, "--max-forgetting", "1")
-    chainlora(*words).refused("the run before and after a command", "leave it out")
     bare = {"name": "a", "data": {"train": str(tmp_path / "a.jsonl"), "keep_rows": False}}
     tree = {"model": open_run(run).base.model, "output": str(tmp_path / "bare")}
     tree |= {"stages": [bare | HARSH], "start_data": "none"}

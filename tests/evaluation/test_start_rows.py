@@ -18,12 +18,11 @@ from chainlora import evaluate_task, export_adapter, load_run, train
 from chainlora.cli.main import run as cli
 from chainlora.config.staging import make_stages
 from chainlora.errors import ChainLoRAError, ConfigError, RunError
-from chainlora.evaluation.combination import combine
 from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.files import checksums
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import undo
-from chainlora.training.stages import extension, prune, train_stages
+from chainlora.training.stages import combine, extension, prune, train_stages
 
 SHORT = {"ranks": [4], "steps": [2]}
 
@@ -68,9 +67,8 @@ def test_rows_for_the_base_are_given_to_a_run_and_count_from_then_on(
     law["data"].pop("replay")
     train_stages(extension(run, law))
     train_stages(extension(run, law | {"name": "fork", "output": str(tmp_path / "fork")}))
-    assert open_run(f"{tmp_path}/fork@start").state == open_run(run).state
-    prune(run, "main")
-    assert stage_matrix(run).stages == ["base", "law"]
+    prune(run, "law")
+    assert stage_matrix(run).stages == ["base", "main"]
     assert stage_matrix(tmp_path / "fork").stages == ["base", "main", "law", "fork"]
     again = stage_matrix(tmp_path / "fork").grid[0][0]
     assert cli(["eval", str(run), "--matrix", "--start-rows", rows[0]]) == 0  # other rows: as text
@@ -90,11 +88,6 @@ def test_what_was_before_a_run_is_an_address(made, sentiment, tmp_path):
     fork = open_run(tmp_path / "fork")
     assert (fork.stages, list(fork.kept())) == (["again"], ["again"])
     assert fork.parent.state == open_run(f"{made}@start").state
-    train_stages(extension(made, again | {"output": str(tmp_path / "later")}))
-    rows = [str(sentiment / "validation.jsonl"), "--task", str(sentiment / "task.yaml")]
-    for _ in range(2):  # rows for it do not change what it is
-        assert open_run(f"{tmp_path}/later@start").state == open_run(made).state
-        assert cli(["eval", f"{tmp_path}/later", "--matrix", "--start-rows", *rows]) == 0
 
 
 def test_rows_of_the_plain_model_are_replayed(tiny_folder, sentiment, tmp_path):
@@ -173,20 +166,11 @@ def test_a_run_is_known_by_the_rows_for_its_base(tiny_folder, sentiment, tmp_pat
     chainlora("train", moved).refused("needs its new path")
 
 
-def test_what_was_before_a_first_stage_that_was_pruned(
-    made, tiny_folder, sentiment, chainlora, tmp_path
-):
-    run, rows = made, general(sentiment, "train")
-    train_stages(extension(run, {"name": "more", "data": rows, "chain": SHORT}))
-    prune(run, "main")
-    report = chainlora(f"report {run}@start --output {tmp_path}/page.html")
+def test_a_report_of_what_was_before_a_run(made, chainlora, tmp_path):
+    report = chainlora(f"report {made}@start --output {tmp_path}/page.html")
     assert report.status == 0
     assert "as it was before this run" in (tmp_path / "page.html").read_text()
-    assert "unfinished" not in chainlora(f"inspect {run}@base").out
-    config = tmp_path / "config.yaml"
-    tree = settings(tiny_folder, sentiment, run, chain=SHORT | {"steps": [20]})
-    config.write_text(json.dumps(tree))
-    chainlora("train", config).refused("in their order, then new ones (got main for more")
+    assert "unfinished" not in chainlora(f"inspect {made}@base").out
 
 
 # --- rows that the model writes ---
@@ -250,18 +234,19 @@ def test_a_run_keeps_what_its_base_writes(roomy, tokenizer, sentiment, tmp_path,
 
 
 @pytest.mark.parametrize("event", ["kept", "built"])  # of the general rows: during and after
-def test_a_run_without_a_stage_begins_as_declared(event, roomy, sentiment, tmp_path, cache):
-    """After a kill, other keys were written into the config of the stage, and not used."""
+def test_a_run_without_a_stage_begins_anew(event, roomy, sentiment, tmp_path, cache):
+    """After a kill, with other keys too."""
     tree = of_rows(roomy, sentiment, tmp_path / "run")
     end = live(lambda: train_stages(make_stages(tree), listener=at(event, die)))
     assert end.status == -9, end.message
-    rows = {"start_data": general(sentiment, "train")}
-    for keys in ({"start_data": "none"}, rows, {"train": tree["train"] | {"dtype": "bfloat16"}}):
-        with pytest.raises(RunError, match="begins as it was declared"):
-            train(tree | keys, resume=True)
+    other = Path(shutil.copytree(tmp_path / "run", tmp_path / "other"))
+    half = {"start_data": "none", "train": tree["train"] | {"dtype": "bfloat16"}}
+    train(tree | half | {"output": str(other)}, resume=True)
+    assert open_run(other).base.dtype == "bfloat16"
+    assert open_run(other).history.find("start") is None
     train(tree, resume=True)
     assert "start" in open_run(tmp_path / "run").keepers
-    assert undo(tmp_path / "run").key == "start"  # the first stage, as any other
+    assert undo(tmp_path / "run").key == "base"  # the first stage, as any other
 
 
 def test_a_run_that_is_stopped_while_the_base_writes_is_gone(roomy, sentiment, tmp_path, cache):

@@ -21,17 +21,16 @@ from helpers_data import pair_files
 
 from chainlora import export_adapter, export_merged
 from chainlora.config.staging import make_stages
-from chainlora.evaluation.combination import combine
 from chainlora.files import checksums
 from chainlora.runs.addresses import state_at, state_of_draft
 from chainlora.runs.changes import redo, undo
 from chainlora.runs.draft import drafts_in
-from chainlora.runs.history import BASE
+from chainlora.runs.entries import BASE
 from chainlora.runs.history_file import read_history
 from chainlora.runs.hub import pull_run, push_run
 from chainlora.runs.paths import is_run
 from chainlora.training.interrupts import interruptible
-from chainlora.training.stages import build_run, extension, prune, train_stages
+from chainlora.training.stages import build_run, combine, extension, prune, train_stages
 from chainlora_lab import make_experiment, run_cells
 from faults.injection import Injection
 from faults.lives import End, fresh, live
@@ -201,7 +200,7 @@ COMMANDS = {
     ),
     "undo": Command(lambda _, at, *__: undo(at / "run"), "two", "other"),
     "redo": Command(lambda _, at, *__: redo(at / "run"), "undone", "other"),
-    "prune": Command(lambda _, at, *__: prune(at / "run", "facts"), "two", "refused"),
+    "prune": Command(lambda _, at, *__: prune(at / "run", "taste"), "two", "refused"),
     "export": Command(lambda _, at, *__: export_adapter(at / "run", at / "out"), "two", "refused"),
     "merge": Command(lambda _, at, *__: export_merged(at / "run", at / "out"), "two", "refused"),
     "push": Command(lambda _, at, *__: push_run(at / "run", str(at / "fork"), rows=True), "two"),
@@ -258,7 +257,7 @@ def files_of(where: Path) -> dict[str, Any]:
 
 
 _TIMES = {"seconds", "wall_s", "peak_memory_mb", "peak_rss_mb", "setup_s", "checksum", "files"}
-_TIMES |= {"ended", "hardware", "output"}
+_TIMES |= {"ended", "time", "hardware", "output"}
 
 
 def timeless(text: str) -> Any:

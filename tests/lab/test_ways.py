@@ -117,7 +117,7 @@ def test_a_rank_and_steps_train_no_stage_again(chainlora, stages, tmp_path):
     for name, steps in {"small": 0, "steps": 3}.items():
         run = open_run(out / "cells" / cells[name]["cell"] / "run")
         assert run.at("facts").state == shared.at("facts").state
-        assert (run.facts[0].num_steps, run.entry.recipe.keep_conflicts) == (steps, True)
+        assert (run.facts[0].num_steps, run.entry.how.keep_conflicts) == (steps, True)
 
 
 def test_a_combiner_and_a_regulariser_of_one_file_each(chainlora, stages, tmp_path):

@@ -30,7 +30,7 @@ from chainlora import (
 )
 from chainlora.config.staging import make_stages
 from chainlora.evaluation.stage_scores import Cell, StageMatrix, stage_matrix
-from chainlora.training.stages import prune, train_stages
+from chainlora.training.stages import train_stages
 from chainlora_pages import report_runs
 from chainlora_pages.chain_charts import chain_pictures, stage_pictures
 from chainlora_pages.charts import short
@@ -265,8 +265,6 @@ def test_a_run_of_stages_shows_what_each_did_to_every_other(tiny_folder, sentime
     (facts,) = read_runs([run])
     loss = training_pictures(facts.records)[0].svg
     assert re.findall(r">(link \d)<", loss) == ["link 0"]  # records count within the stage
-    prune(run, "facts")
-    assert "A stage below run was pruned: the scores of its training do not" in page_of(run)
 
 
 def test_right_answers_come_first_and_a_colour_means_one_thing(finished):

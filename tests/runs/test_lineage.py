@@ -14,10 +14,11 @@ from helpers import Stop, flip_last_bit, settings, signed, stopping
 from chainlora import export_adapter, train
 from chainlora.config.staging import make_stages
 from chainlora.files import checksums
+from chainlora.runs.addresses import open_run
 from chainlora.runs.documents import write_part
-from chainlora.runs.history import Unbuilt
 from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.lineage import read_lineage
+from chainlora.runs.recipes import Stage
 from chainlora.training.stages import extension, train_stages
 
 
@@ -279,8 +280,8 @@ def test_a_run_is_pushed_to_a_folder_once(chainlora, made, exported, sentiment, 
     assert chainlora("pull", there, tmp_path / "pulled").status == 0
     before, after = read_history(run), read_history(tmp_path / "pulled")
     assert [e.state for e in after.entries] == [e.state for e in before.entries]
-    assert (after.head, after.past) == (before.head, before.past)
-    assert all(entry.kept is None for entry in after.entries)
+    assert (after.head, after.versions) == (before.head, before.versions)
+    assert not open_run(tmp_path / "pulled").keepers
     done = chainlora("verify", exported, tmp_path / "pulled")
     assert done.status == 0, done.out
     rows = chainlora("push", run, there, "--rows", "--json").json["files"]
@@ -299,9 +300,9 @@ def test_what_is_no_earlier_state_is_not_overwritten(chainlora, made, sentiment,
     assert chainlora("push", run, there).status == 0
     lacking = "new, which the source lacks"
     chainlora("push", ahead, there).refused("must be earlier than the source", lacking)
-    declared = Unbuilt(key="new", kind="stage")
-    update_history(ahead, lambda history: history.declared([declared], "new"))
-    chainlora("pull", there, ahead).refused("must be earlier than the source", "another new)")
+    new = Stage(name="new")
+    update_history(ahead, lambda now: now.edited(now.plan().with_stage(new), "extend new"))
+    chainlora("pull", there, ahead).refused("must be earlier than the source")
     link = next((there / "links").iterdir()) / "adapter_model.safetensors"
     link.write_bytes(link.read_bytes()[:-1] + b"?")
     chainlora("pull", there, tmp_path / "new").refused("must be as the run wrote it")

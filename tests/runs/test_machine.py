@@ -19,13 +19,12 @@ from hypothesis import HealthCheck, settings, strategies
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from chainlora.errors import ChainLoRAError
-from chainlora.evaluation.combination import combine
 from chainlora.runs.addresses import open_run, state_at
-from chainlora.runs.changes import redo, undo
-from chainlora.runs.history import Entry
+from chainlora.runs.changes import has_work, redo, undo
+from chainlora.runs.entries import Entry
 from chainlora.runs.history_file import read_history
 from chainlora.runs.hub import pull_run, push_run
-from chainlora.training.stages import build_run, prune
+from chainlora.training.stages import build_run, combine, prune
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="lives are forked")
 FULL = bool(os.environ.get("CHAINLORA_FULL"))
@@ -106,7 +105,7 @@ class Commands(RuleBasedStateMachine):
     @rule(kill=kills)
     def build(self, kill: int | None) -> None:
         if self.do(lambda: build_run(self.run), kill) and kill is None:
-            assert read_history(self.run).unbuilt == ()
+            assert not has_work(read_history(self.run))
 
     @rule()
     def undo(self) -> None:
@@ -132,7 +131,7 @@ class Commands(RuleBasedStateMachine):
             work = push_run if target == "sent" else pull_run
             if self.do(lambda s=source, t=to, w=work: w(str(self.folder / s), str(t))):
                 assert open_run(to).verify().state == open_run(self.folder / source).state
-                assert read_history(to).unbuilt == ()
+                assert not has_work(read_history(to))
 
     def teardown(self) -> None:
         """A copy whose unbuilt stages name another file of the receiver keeps no row of it."""
@@ -143,9 +142,8 @@ class Commands(RuleBasedStateMachine):
         live(lambda: train_on(theirs, own, beside=True, listener=die_at_a_stage))  # declares it
 
         def forge(tree: dict[str, Any]) -> None:
-            for entry in tree.get("unbuilt", ()):  # none where it had d already
-                if entry["kind"] == "stage":
-                    entry["config"]["data"]["train"] = str(self.sentiment / "train.jsonl")
+            for stage in tree["stages"].values():
+                stage["config"]["data"]["train"] = str(self.sentiment / "train.jsonl")
 
         sign(theirs, forge)
         self.do(lambda: build_run(theirs))
@@ -160,7 +158,6 @@ class Commands(RuleBasedStateMachine):
         assert found.keys() >= self.built.keys()  # nothing that was built is lost
         assert {key: found[key] for key in self.built} == self.built
         self.built = found
-        assert not {history.head, *history.past} & {entry.key for entry in history.unbuilt}
         for key, entry in found.items():
             state = state_at(self.run, history, key)
             state.verify()

@@ -4,74 +4,48 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from helpers import train_all, train_on
-from helpers_data import pair_files
 from helpers_stages import (
     config_of,
     files_of,
-    killed,
-    logits,
     section,
     stage_of,
-    survey,
     train_beside,
 )
 
-from chainlora import export_adapter
 from chainlora.cli.main import run as cli
-from chainlora.config.staging import make_stages
 from chainlora.errors import RunError
-from chainlora.evaluation.combination import combine
-from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.files import checksums
 from chainlora.models.identity import cache_dir
 from chainlora.runs.addresses import open_run
-from chainlora.runs.changes import undo
-from chainlora.runs.history import WEIGHTS, link_folder, rows_file
+from chainlora.runs.changes import earlier_of, undo
+from chainlora.runs.entries import WEIGHTS, link_folder, rows_file
 from chainlora.runs.history_file import read_history
-from chainlora.runs.inspection import inspect_run
-from chainlora.training.stages import build_run, prune, train_stages
+from chainlora.training.stages import combine, prune
 
 
-def test_a_pruned_stage_is_nowhere_and_later_ones_are_what_they_were_without(three, tmp_path):
+def test_a_pruned_stage_is_nowhere_and_what_stands_on_it_goes_too(three, tmp_path):
     run = tmp_path / "run"
-    whole, without = open_run(run), {}
-    for names in ("facts,law", "law"):
-        own = zip(whole.state.links, whole.facts, strict=True)
-        links = tuple(link for link, facts in own if facts.stage in names.split(","))
-        state = whole.state.model_copy(update={"links": links})
-        without[names] = logits(replace(whole, state=state))
-    losses = [row["loss"] for row in inspect_run(run)["links"] if row["stage"] == "law"]
-    for stage, left in (("style", "facts,law"), ("facts", "law")):
+    facts = open_run(f"{run}@facts").state
+    traces = {"style", "law"}
+    for stage in traces.copy():
         own = open_run(f"{run}@{stage}")
-        traces = {stage, str(own.entry.kept)[:16], *own.entry.tied, own.state.digest}
-        links = zip(own.state.links, own.facts, strict=True)
-        traces |= {link for link, facts in links if facts.stage == stage}
-        prune(run, stage)
-        for path in (path for path in run.rglob("*") if path.is_file()):
-            text = f"{path.relative_to(run)} {path.read_bytes().decode(errors='replace')}"
-            is_config = path.name == "config.yaml"  # of a later stage: its own data
-            assert is_config or not [trace for trace in traces if trace in text], path
-        assert torch.equal(logits(run), without[left])
-        assert torch.equal(logits(f"{run}@law"), without[left])
-        found = inspect_run(run)["links"]
-        assert [row["loss"] for row in found if row["stage"] == "law"] == losses
-        with pytest.raises(RunError, match=r"a stage must be one of .*name one"):
-            open_run(f"{run}@{stage}")
-        with pytest.raises(RunError, match="must be one of"):
-            prune(run, stage)
-    three["stages"] = three["stages"][2:]
-    assert [found.state for found in survey(make_stages(three))] == ["finished"]
-    assert train_all(three) == [None]
-    export_adapter(run, tmp_path / "adapter")  # whose card has no scores of what was pruned
-    assert "validation" not in (tmp_path / "adapter/README.md").read_text(encoding="utf-8")
+        traces |= {str(own.entry.kept)[:16], *own.entry.tied, own.state.digest}
+    prune(run, "style")
+    for path in (path for path in run.rglob("*") if path.is_file()):
+        text = f"{path.relative_to(run)} {path.read_bytes().decode(errors='replace')}"
+        assert not [trace for trace in traces if trace in text], path
+    assert open_run(run).verify().state == facts
+    with pytest.raises(RunError, match=r"a stage must be one of .*name one"):
+        open_run(f"{run}@style")
+    with pytest.raises(RunError, match="must be one of"):
+        prune(run, "style")
+    assert train_all(three | {"stages": three["stages"][:1]}) == [None]
     with pytest.raises(RunError, match=r"must keep a stage.*its only one"):
-        prune(run, "law")
+        prune(run, "facts")
 
 
 def test_pages_of_a_killed_report_go_with_a_pruned_stage(two, tmp_path, capsys):
@@ -127,28 +101,11 @@ def test_what_was_done_before_a_stage_was_pruned_is_not_done_again(two, tmp_path
         undo(run, to="style")
         prune(run, "style")
         heads = [open_run(run).state.digest]
-        while open_run(run).history.past:
+        while earlier_of(open_run(run).history):
             heads.append(undo(run).state.digest)
         assert len(heads) == len(set(heads))
         undo(run, to="facts")
         train_on(run, style)
-
-
-def test_scores_of_pairs_are_scored_again_on_another_reference(staged, tmp_path):
-    """Where the stage that preferences began on is pruned, the state `base` has the same digest.
-    Without the stage of pairs, the run is whole too."""
-    staged["stages"][0] |= {"chain": {"ranks": [4], "steps": [8]}, "train": {"lr": 1e-2}}
-    staged["stages"][1] |= {"data": pair_files(tmp_path), "train": {"loss": "dpo", "lr": 1e-2}}
-    run, path = tmp_path / "run", tmp_path / "run/matrix.jsonl"
-    train_stages(make_stages(staged))  # which scores it
-    other = shutil.copytree(run, tmp_path / "other")
-    prune(other, "style")
-    assert open_run(other).verify().stages == ["facts"]
-    prune(run, "facts")
-    found = stage_matrix(run).grid
-    assert found[0][0].value == 0.5  # of the base, which is its own reference now
-    path.unlink()
-    assert stage_matrix(run).grid == found
 
 
 def test_a_fork_is_pruned_of_its_parents_stage(three, tmp_path):
@@ -156,11 +113,10 @@ def test_a_fork_is_pruned_of_its_parents_stage(three, tmp_path):
     own = stage_of(three, "law") | {"name": "new", "output": str(fork)}
     train_on(f"{run}@style", own)
     before = files_of(run)
-    prune(fork, "facts")
-    assert open_run(fork).stages == ["style", "new"]
-    assert list(open_run(fork).kept()) == ["style", "new"]
-    with pytest.raises(RunError, match="must be one of style, new"):
-        prune(fork, "facts")
+    prune(fork, "style")
+    assert open_run(fork).stages == ["facts"]
+    with pytest.raises(RunError, match="must be one of facts"):
+        prune(fork, "style")
     assert files_of(run) == before
 
 
@@ -187,8 +143,7 @@ def test_what_cannot_be_pruned_is_refused_and_the_command_asks_first(three, tmp_
     assert files_of(run) == before
     assert cli(["prune", str(run), "style", "--yes", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["stays"][0] == "law, trained on top of it; with data.replay also on its rows"
-    assert found["again"] == [f"chainlora extend {run}@facts STAGE.yaml --name law --output FOLDER"]
+    assert found["again"] == [f"chainlora extend {run} ROWS --on-top --name law"]
     assert not any(Path(path).exists() for path in found["files"])
 
 
@@ -208,19 +163,20 @@ def test_it_is_the_combination_of_the_rest_by_the_same_recipe(ac, sentiment, cha
     """Not an earlier one of the same parts by another recipe."""
     before = combine(ac, ["a", "c"], rank=4, importance={"c": 3}).key
     train_beside(sentiment, ac, "b")
-    assert open_run(ac).entry.recipe.rank == 4
+    assert open_run(ac).entry.how.rank == 4
     said = chainlora("prune", ac, "b", "--yes")
     assert open_run(ac).key == before
     assert f"{ac} is {before} now" in said.out
     assert "combining" not in said.err
 
 
-def test_a_stage_on_top_leaves_the_recipe_below_it(ac, sentiment):
+def test_a_stage_on_top_goes_with_what_it_stands_on(ac, sentiment):
     before = combine(ac, ["a", "c"], rank=4).key
     train_beside(sentiment, ac, "b")
     train_on(ac, section(sentiment, "d"))
     prune(ac, "b")
     assert open_run(ac).key == before
+    assert read_history(ac).find("d") is None
 
 
 def test_a_state_that_was_undone_does_not_come_back(with_general, sentiment):
@@ -239,16 +195,6 @@ def test_stages_are_pruned_one_after_the_other(abc, ac, sentiment):
     assert open_run(abc).state == open_run(ac).state
     prune(abc, "a")
     assert open_run(abc).key == "c"
-
-
-def test_one_that_waits_is_combined_without_what_it_waited_for(ac, abc, sentiment, tmp_path):
-    (plugin := tmp_path / "own.py").write_text("")
-    killed("stage", ac, section(sentiment, "d") | {"plugins": [str(plugin)]})
-    train_on(ac, section(sentiment, "b"), beside=True)
-    assert open_run(ac).key == "after-c"
-    prune(ac, "d")
-    build_run(ac)
-    assert open_run(ac).state == open_run(abc).state
 
 
 @pytest.mark.parametrize("damaged", ["base", "rows", "links"])
@@ -286,14 +232,6 @@ def test_what_cannot_be_combined_again_is_not_pruned(abc, tmp_path, chainlora):
     assert open_run(pulled).key == "b"
 
 
-@pytest.mark.parametrize("name", ["a", "b"])
-def test_no_entry_names_a_pruned_stage_as_its_unit(name, with_general, sentiment):
-    """The rows of the origin have the unit of the first stage."""
-    train_beside(sentiment, with_general, "b")
-    prune(with_general, name)
-    assert f'"{name}"' not in (with_general / "history.json").read_text()
-
-
 def test_an_earlier_combination_is_deleted_alone(abc, sentiment, chainlora):
     """Disk grows with the square of the stages until this is done."""
     run, head = abc, open_run(abc)
@@ -308,7 +246,7 @@ def test_an_earlier_combination_is_deleted_alone(abc, sentiment, chainlora):
     assert left < size
     assert open_run(run).verify().state == head.state
     assert not [entry for entry in read_history(run).entries if "after-b" in entry.parents]
-    seen = {undo(run).key for _ in read_history(run).past}
+    seen = {undo(run).key for _ in earlier_of(read_history(run))}
     assert "after-b" not in seen
     undo(run, to="after-c")
     assert combine(run, ["a", "b"]).state == old.state  # to the bit

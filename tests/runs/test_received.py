@@ -21,19 +21,22 @@ from chainlora.config.reading import make_config
 from chainlora.config.staging import make_stages
 from chainlora.errors import ChainLoRAError
 from chainlora.files import checksums, sha256
-from chainlora.runs.declaring import declare
-from chainlora.runs.history import rows_file
+from chainlora.runs.declaring import write_plan
+from chainlora.runs.entries import rows_file
 from chainlora.runs.history_file import read_history
+from chainlora.runs.loading_start import NOTHING
 from chainlora.training.plan import make_plan
+from chainlora.training.reconcile import with_base
+from chainlora.training.stages import base_of
 
 
 @pytest.fixture
 def declared(tiny_folder, sentiment, tmp_path) -> Path:
-    """A run whose general rows and first stage are declared, and not built."""
+    """A run of a plan alone: neither its general rows nor its stage is computed."""
     general = rows_of(tmp_path / "general.jsonl", 0)
     config = settings(tiny_folder, sentiment, tmp_path / "run") | {"start_data": {"train": general}}
-    plan = make_plan(make_stages(config))
-    declare(plan.run, plan.history, plan.new, plan.target, plan.start)
+    change = make_plan(make_stages(config))
+    write_plan(change.run, with_base(change, base_of(change.stages[0].stage.config)), NOTHING)
     return tmp_path / "run"
 
 
@@ -44,24 +47,26 @@ def secret(tmp_path) -> Path:
 
 def of_template(tree: dict[str, Any], folder: Path) -> None:
     (folder / "secret").write_text("{{ messages }} two red birds")
-    tree["data"]["chat_template"] = str(folder / "secret")
+    (stage,) = tree["stages"].values()
+    stage["config"]["data"]["chat_template"] = str(folder / "secret")
 
 
 def of_rows(tree: dict[str, Any], folder: Path) -> None:
-    tree["start_data"]["train"] = str(folder / "secret.jsonl")
+    tree["general"]["start_data"]["train"] = str(folder / "secret.jsonl")
 
 
 def of_validation(tree: dict[str, Any], folder: Path) -> None:
-    tree["start_data"] |= {"train": None, "validation": str(folder / "secret.jsonl")}
+    secret = str(folder / "secret.jsonl")
+    tree["general"]["start_data"] |= {"train": None, "validation": secret}
 
 
 def of_task(tree: dict[str, Any], folder: Path) -> None:
-    tree["start_data"] |= {"task": str(write_task(folder, prompt="two red birds"))}
+    tree["general"]["start_data"] |= {"task": str(write_task(folder, prompt="two red birds"))}
 
 
 @pytest.mark.parametrize("edit", [of_template, of_rows, of_validation, of_task])
 def test_its_start_reads_no_other_file(declared, secret, chainlora, edit):
-    sign(declared, lambda tree: edit(tree["unbuilt"][0]["config"], secret.parent))
+    sign(declared, lambda tree: edit(tree, secret.parent))
     before = history_of(declared)
     chainlora("train", declared).refused()
     assert history_of(declared) == before

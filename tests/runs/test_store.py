@@ -42,7 +42,7 @@ def test_what_a_run_directory_holds(stored_run, tiny_folder):
     assert names(stage_dir(stored_run)) == own == set(entry["files"])
     assert names(stored_run / "rows") == {f"{entry['kept'][:16]}.safetensors"}
     assert names(stored_run / "links") == set(history["links"]) == set(entry["tied"])
-    assert history["format"] == 5
+    assert history["format"] == 6
     assert history["base"]["model"] == str(tiny_folder)
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= set(history["base"]["files"])
     assert entry["state"]["links"] == entry["tied"]
@@ -100,13 +100,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda run: (run / "history.json").unlink(),
         r"must hold history.json \(got none in .*\); it is incomplete: copy it whole",
     ),
-    "torn": (written('{"format": 5,'), rf"{NO_JSON}\); the run is damaged: restore the file"),
+    "torn": (written('{"format": 6,'), rf"{NO_JSON}\); the run is damaged: restore the file"),
     "deep": (written("[" * 100_000), NO_JSON),
     "list": (written("[]"), NO_JSON),
-    "empty": (written('{"format": 5}'), rf"{OTHER} \(got another checksum"),
+    "empty": (written('{"format": 6}'), rf"{OTHER} \(got another checksum"),
     "format": (
         written('{"format": 9}'),
-        r"must be of format 5 \(got 9 in .*\); use the version of chainlora that wrote it",
+        r"must be of format 6 \(got 9 in .*\); use the version of chainlora that wrote it",
     ),
     "no-link": (
         lambda run: shutil.rmtree(link(run, 1)),
@@ -136,7 +136,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         changed(lambda tree: tree["entries"][0].update(parents=["main"])),
         f"{NOT_VALID}main must be there before main, once",
     ),
-    "head": (changed(lambda tree: tree.update(head="law")), f"{NOT_VALID}law must be an entry"),
+    "at": (changed(lambda tree: tree.update(at=9)), f"{NOT_VALID}a version must be made"),
     "config": (
         changed(
             lambda tree: [facts["config"].update(rslore=1) for facts in tree["links"].values()]
@@ -209,7 +209,7 @@ def test_tensors_that_no_such_link_has_are_refused_whatever_the_checksums(
 ESCAPE = "\x1b]0;red\x07\x9b31m"
 OUTSIDE = {"../../secret": "0" * 64}
 RECEIVED = {  # what it says; where
-    "head": lambda tree: tree.update(head="../main"),
+    "versions": lambda tree: tree["versions"][1].update(stages=["../main"]),
     "tokenizer": lambda tree: tree.update(tokenizer=OUTSIDE),
     "entries.0.key": lambda tree: tree["entries"][0].update(key=ESCAPE),
     "entries.0.kept": lambda tree: tree["entries"][0].update(kept="../" * 21 + "a"),

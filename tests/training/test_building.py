@@ -1,4 +1,4 @@
-"""The rules of decision 34: entries are declared, then built."""
+"""The rules of decision 43, on a tiny model: a plan is edited, then what it lacks is computed."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from helpers_stages import at, config_of, killed, section, train_beside, unbuilt
 
 from chainlora import export_adapter
 from chainlora.errors import ChainLoRAError, RunError
-from chainlora.evaluation.combination import combine
 from chainlora.files import checksums
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import log, redo, undo
-from chainlora.runs.declaring import declare
+from chainlora.runs.declaring import write_plan
 from chainlora.runs.history_file import read_history
 from chainlora.runs.hub import pull_run, push_run
 from chainlora.training.plan import make_plan
-from chainlora.training.stages import build_run, extension, prune
+from chainlora.training.stages import build_run, combine, extension, prune
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="lives are forked")
 
@@ -35,59 +34,49 @@ def test_rule_1_what_is_not_built_is_not_what_the_run_is(only_a, sentiment, tmp_
 
     def look() -> None:
         now = read_history(only_a)
-        seen.append((now.head, now.target, open_run(only_a).state, unbuilt(only_a)))
+        seen.append((now.head, open_run(only_a).state, unbuilt(only_a)))
         export_adapter(only_a, tmp_path / "meanwhile")
 
     own = section(sentiment, "b")
     train_on(only_a, own, beside=True, listener=at("step", look))
-    assert seen == [("a", "after-b", before, ["b", "after-b"])]
+    assert seen == [("a", before, ["b"])]
     assert checksums(tmp_path / "meanwhile") == checksums(tmp_path / "before")
     assert open_run(only_a).key == "after-b"
     killed("stage", only_a, section(sentiment, "c"))
     chainlora("generate", f"{only_a}@c", "--prompt", "x").refused("'c', which has not ended,")
-    names = [(each["name"], each["kind"]) for each in log(only_a)][:2]
-    assert names == [("after-c", "declared"), ("c", "declared")]
+    assert [(each["name"], each["kind"]) for each in log(only_a)][:1] == [("c", "declared")]
 
 
-def test_rule_2_a_command_builds_its_own_entries_and_what_they_come_from(
-    ac, sentiment, chainlora, caplog
-):
-    killed("stage", f"{ac}@a", section(sentiment, "d-top"), beside=None)
+def test_rule_2_a_command_finishes_the_stage_that_one_before_has_begun(ac, sentiment, chainlora):
     killed("step", ac, section(sentiment, "b"))
-    train_beside(sentiment, ac, "d")  # combined with b, which goes on
-    assert open_run(ac).entry.parents == ("a", "c", "b", "d")
-    assert "does not include it" not in caplog.text
-    assert unbuilt(ac) == ["d-top"]
-    assert chainlora("train", ac).status == 0  # all that is left
-    assert read_history(ac).find("d-top").parents == ("a",)
+    for command in (("combine", ac), ("prune", ac, "a", "--yes")):
+        chainlora(*command).refused("stage b is unfinished")
+    train_beside(sentiment, ac, "d")
     assert open_run(ac).entry.parents == ("a", "c", "b", "d")
     assert "nothing left to do" in chainlora("train", ac).out
 
 
-def test_rule_2_plugins_that_nobody_named_are_not_run(
-    only_a, sentiment, tmp_path, chainlora, caplog
-):
-    """Before anything else is trained; another stage does not need them."""
+def test_rule_2_plugins_that_nobody_named_are_not_run(only_a, sentiment, tmp_path, chainlora):
+    """Before anything else is trained; another command drops a stage that has not begun."""
     plugin = tmp_path / "mine.py"
     plugin.write_text("ran = True\n")
-    killed("stage", only_a, section(sentiment, "b") | {"plugins": [str(plugin)]})
-    killed("stage", only_a, section(sentiment, "d"))
+    own = section(sentiment, "b") | {"plugins": [str(plugin)]}
+    killed("stage", only_a, own)
     before = read_history(only_a)
-    chainlora("train", only_a).refused(f"got {plugin} for b); repeat the command that declared b")
+    chainlora("train", only_a).refused(f"got {plugin} for b); repeat the command that began b")
     assert read_history(only_a) == before
     train_beside(sentiment, only_a, "c")
-    assert read_history(only_a).find("c") is not None
-    assert f"after-c of {only_a} waits for b" in caplog.text
-    train_on(only_a, section(sentiment, "b") | {"plugins": [str(plugin)]}, beside=True)
-    assert open_run(only_a).stages == ["a", "c", "d", "b"]
+    assert (open_run(only_a).stages, unbuilt(only_a)) == (["a", "c"], [])
+    train_on(only_a, own, beside=True)
+    assert open_run(only_a).stages == ["a", "c", "b"]
 
 
 def test_rule_2_trackers_that_nobody_named_are_not_told(only_a, sentiment):
     """A run may come from somebody else. These would be refused: the package is not there."""
-    plan = make_plan(extension(only_a, section(sentiment, "b"), beside=True))
-    stage, combination = plan.new
-    stage.config["train"]["trackers"] = ["comet_ml"]
-    declare(only_a, plan.history, [stage, combination], plan.target, plan.start)
+    change = make_plan(extension(only_a, section(sentiment, "b"), beside=True))
+    for stage in change.history.stages.values():
+        stage.config["train"]["trackers"] = ["comet_ml"]
+    write_plan(only_a, change.history, change.start)
     build_run(only_a)
     assert open_run(only_a).stages == ["a", "b"]
 
@@ -102,18 +91,18 @@ def test_rule_3_an_entry_of_a_command_that_died_is_built_later(only_a, sentiment
     assert undo(only_a).key == "a"
 
 
-def test_rule_4_a_declaration_is_replaced_until_its_stage_begins(only_a, sentiment):
+def test_rule_4_a_stage_is_replaced_until_it_begins(only_a, sentiment):
     killed("stage", only_a, section(sentiment, "b"))
-    assert unbuilt(only_a) == ["b", "after-b"]
+    assert unbuilt(only_a) == ["b"]
     killed("step", only_a, section(sentiment, "b", ranks=[3]))
-    declared = read_history(only_a).find_unbuilt("b")
+    declared = read_history(only_a).plan().find("b")
     assert declared.config["chain"]["ranks"] == [3]
     with pytest.raises(RunError, match=r"stage .b.: chain.ranks is .4., was .3."):
         train_on(only_a, section(sentiment, "b", ranks=[4]), beside=True)
     own = section(sentiment, "b", ranks=[3]) | {"train": {"lr": 1e-4}}
     with pytest.raises(RunError, match=r"train\.lr is 0\.0001, was 0\.01"):
         train_on(only_a, own, beside=True)
-    assert read_history(only_a).find_unbuilt("b") == declared
+    assert read_history(only_a).plan().find("b") == declared
     train_on(only_a, section(sentiment, "b", ranks=[3]), beside=True)
     assert open_run(only_a).entry.parents == ("a", "b")
 
@@ -145,27 +134,30 @@ def turn_rows(stage: dict[str, Any]) -> None:
 
 def test_rule_5_files_are_digested_before_and_verified_when_the_entry_is_built(only_a, sentiment):
     own = section(sentiment, "b")
-    with pytest.raises(RunError, match=r"must not change after it was declared .* for b"):
+    with pytest.raises(RunError, match=r"must not change before it is built .* for b"):
         train_on(only_a, own, beside=True, listener=at("stage", lambda: turn_rows(own)))
     assert unbuilt(only_a) == []
     train_on(only_a, own, beside=True)  # as they are now
-    turn_rows(own)
     assert open_run(only_a).entry.parents == ("a", "b")
 
 
-def test_rule_5_rows_of_a_stage_that_was_killed_have_changed(only_a, sentiment, chainlora):
-    """Another stage is trained all the same; `prune` takes the declaration back."""
+def test_a_file_of_an_ended_stage_that_changed_is_told(only_a, sentiment, caplog):
+    own = section(sentiment, "b")
+    train_on(only_a, own, beside=True)
+    turn_rows(own)
+    assert train_on(only_a, own, beside=True) == [None]
+    assert "b: data.train has changed since it was trained; the stage stays" in caplog.text
+
+
+def test_rule_5_rows_of_a_stage_that_was_killed_have_changed(only_a, sentiment):
+    """`train RUN` refuses it, the same command takes the rows as they are now."""
     own = section(sentiment, "b")
     killed("stage", only_a, own)
     turn_rows(own)
-    with pytest.raises(RunError, match=f"for b.*chainlora prune {only_a} b"):
-        train_beside(sentiment, only_a, "c")
-    turn_rows(own)
-    assert read_history(only_a).find("c") is not None
-    assert unbuilt(only_a) == ["b", "after-c"]
-    assert chainlora("prune", only_a, "b", "--yes").status == 0
-    train_beside(sentiment, only_a, "c")
-    assert open_run(only_a).entry.parents == ("a", "c")
+    with pytest.raises(RunError, match=r"must not change before it is built .* for b"):
+        build_run(only_a)
+    train_on(only_a, own, beside=True)
+    assert open_run(only_a).entry.parents == ("a", "b")
 
 
 def test_rule_6_an_equal_recipe_is_not_computed_again(abc, ac, sentiment):
@@ -182,14 +174,12 @@ def test_rule_6_an_equal_recipe_is_not_computed_again(abc, ac, sentiment):
     assert one == two  # equal digests, equal bits
 
 
-def test_rule_7_undo_moves_the_target_and_redo_builds_nothing(abc, sentiment):
-    killed("stage", abc, section(sentiment, "d2"))
-    undo(abc)
-    assert read_history(abc).target is None
-    before = unbuilt(abc)
-    build_run(abc)
-    assert (before, unbuilt(abc)) == (["d2", "after-d2"], [])
-    assert open_run(abc).key == "after-b"
+def test_rule_7_undo_drops_a_stage_in_training(abc, sentiment):
+    before = read_history(abc)
+    killed("step", abc, section(sentiment, "d2"))
+    assert undo(abc).key == before.head
+    assert (read_history(abc), unbuilt(abc)) == (before, [])
+    assert not (abc / "stages/d2").exists()
 
 
 def test_rule_7_prune_combines_the_rest_again(abc, ac, chainlora):
@@ -197,58 +187,30 @@ def test_rule_7_prune_combines_the_rest_again(abc, ac, chainlora):
     assert open_run(abc).state == open_run(ac).state
 
 
-@pytest.mark.parametrize("event", ["stage", "step"])
-def test_rule_7_a_stage_that_is_not_built_is_pruned(only_a, sentiment, event, chainlora):
-    killed(event, only_a, section(sentiment, "b"))
-    assert unbuilt(only_a) == ["b", "after-b"]
+def test_rule_7_a_stage_that_is_not_built_is_pruned(only_a, sentiment, chainlora):
+    killed("step", only_a, section(sentiment, "b"))
     found = chainlora("prune", only_a, "b", "--yes")
     assert found.status == 0, found.err
-    assert "deleted after-b, computed from it" in found.out
     assert (unbuilt(only_a), open_run(only_a).key) == ([], "a")
     assert not (only_a / "stages/b").exists()
-    assert read_history(only_a).target is None
     train_beside(sentiment, only_a, "b")
     assert open_run(only_a).entry.parents == ("a", "b")
 
 
-def test_rule_8_what_is_not_built_does_not_travel(ac, abc, sentiment, tmp_path):
+def test_rule_8_what_is_complete_is_sent(ac, abc, sentiment, tmp_path):
     killed("step", ac, section(sentiment, "d"))
     before = checksums(ac)
     push_run(ac, str(tmp_path / "pushed"), rows=True)
-    pull_run(str(tmp_path / "pushed"), tmp_path / "pulled")
+    assert unbuilt(tmp_path / "pushed") == []
+    assert open_run(tmp_path / "pushed").verify().state == open_run(ac).state
     train_on(f"{ac}@c", section(sentiment, "d") | {"output": str(tmp_path / "fork")})
-    for name in ("pushed", "pulled", "fork"):
-        assert unbuilt(tmp_path / name) == []
-        assert not (tmp_path / name / "stages/d/stage.json").exists()
-        assert open_run(tmp_path / name).verify()
+    assert unbuilt(tmp_path / "fork") == []
     combine(abc, [ac])
-    assert unbuilt(abc) == []
-    assert checksums(ac) == before
+    assert (unbuilt(abc), checksums(ac)) == ([], before)
     train_beside(sentiment, ac, "d")
     push_run(ac, str(tmp_path / "pushed"), rows=True)
-    assert open_run(tmp_path / "pushed").state == open_run(ac).state
-
-
-def test_rule_9_where_a_stage_stands_follows_at_its_declaration(abc, sentiment):
-    """Not from what the run has become when it is built."""
-    killed("stage", abc, section(sentiment, "d"), beside=False)
-    killed("stage", abc, section(sentiment, "d2"))
-    undo(abc)
-    build_run(abc)
-    history = read_history(abc)
-    assert [history.find(key).parents for key in ("d", "d2")] == [("after-c",), ()]
-    assert history.find("after-d2").parents == ("d", "d2")
-
-
-def test_rule_9_the_state_that_was_chosen_meanwhile_stays_and_this_is_told(
-    abc, sentiment, chainlora, caplog
-):
-    killed("stage", abc, section(sentiment, "d"))
-    key = undo(abc).key
-    said = chainlora("train", abc)
-    assert f"{abc} stays {key}, which does not include combination after-d; to take" in caplog.text
-    assert f"chainlora undo {abc} --to after-d" in caplog.text
-    assert "nothing left to do" not in said.out
+    pull_run(str(tmp_path / "pushed"), tmp_path / "pulled")
+    assert open_run(tmp_path / "pulled").state == open_run(ac).state
 
 
 @pytest.mark.parametrize("event", ["step", "knot"])
@@ -263,30 +225,10 @@ def test_a_stopped_stage_goes_on_where_its_run_is_now(ac, sentiment, tmp_path, e
     assert checksums(ac) == before
 
 
-def test_rule_10_what_is_decided_while_building_is_in_the_result(only_a, sentiment):
-    own = section(sentiment, "b") | {"train": {"speedups": "auto"}}
-    declared = []
-    listener = at("plan", lambda: declared.append(read_history(only_a).find_unbuilt("b")))
-    train_on(only_a, own, beside=True, listener=listener)
-    entry = read_history(only_a).find("b")
-    (before,) = declared
-    assert before.training.numbers is None
-    assert entry.training.numbers is not None
-    assert before.training.sources == entry.training.sources
-    assert before.config["train"]["speedups"] == "auto"
-
-
-def test_rule_11_one_undo_takes_a_command_back(ac, only_a, sentiment):
+def test_rule_11_one_undo_takes_a_command_back(ac, sentiment):
     train_beside(sentiment, ac, "b")
-    history = read_history(ac)
-    assert {history.find(key).unit for key in ("b", "after-b")} == {"b"}
     assert undo(ac).key == "after-c"
     assert redo(ac).key == "after-b"
-    killed("step", only_a, section(sentiment, "b"))
-    killed("step", only_a, section(sentiment, "c"))
-    assert unbuilt(only_a) == ["b", "c", "after-c"]  # not after-b
-    build_run(only_a)
-    assert undo(only_a).key == "a"
 
 
 def test_rule_12_a_rebuild_says_what_is_missing_before_it_begins(
@@ -314,20 +256,7 @@ def test_rule_8_a_run_that_has_built_nothing_is_not_sent(
     shutil.rmtree(folder)
     place = next(n for n, what in enumerate(whole.operations) if "run/rows" in what)
     end = live(lambda: train_all(tree), Injection(folder, "kill", place))
-    assert (end.status, unbuilt(run), read_history(run).entries) == (-9, ["start", "b"], ())
+    assert (end.status, unbuilt(run), read_history(run).entries) == (-9, ["b"], ())
     chainlora("push", run, tmp_path / "sent").refused("a run needs a built entry")
-    for name in ("start", "b"):
-        chainlora("prune", run, name, "--yes").refused("a run must keep a stage")
     assert chainlora("train", run).status == 0
     assert open_run(run).stages == ["b"]
-
-
-def test_a_combination_that_is_not_built_is_discarded(only_a, sentiment):
-    """`prune` computed it instead."""
-    killed("layer", only_a, section(sentiment, "b"))
-    before = open_run(only_a).state
-    (declared,) = [key for key in unbuilt(only_a) if key.startswith("after-")]
-    prune(only_a, declared)
-    assert unbuilt(only_a) == []
-    assert open_run(only_a).state == before
-    assert open_run(f"{only_a}@b").entry is not None

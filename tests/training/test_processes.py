@@ -116,7 +116,7 @@ def test_the_command_line_prints_once(launched):
     assert (stage_dir(launched / "command") / "result.json").is_file()
 
 
-@pytest.mark.parametrize("verb", [["tasks"], ["export", "run", "--to", "merged", "--output", "x"]])
+@pytest.mark.parametrize("verb", [["doctor"], ["export", "run", "--to", "merged", "--output", "x"]])
 def test_other_verbs_are_refused_in_many_processes(verb, monkeypatch, capsys):
     from chainlora.cli.main import run
 

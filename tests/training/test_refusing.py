@@ -18,7 +18,7 @@ from chainlora.files import sha256
 from chainlora.runs.changes import undo
 from chainlora.training import refusing
 from chainlora.training.plan import make_plan
-from chainlora.training.stages import extension, prune
+from chainlora.training.stages import extension
 
 CHAIN = {"ranks": [2], "steps": [1]}
 GOOD = {"data": {"train": "good.jsonl"}, "chain": CHAIN}
@@ -137,15 +137,13 @@ def said(error: str, words: tuple[str, ...]) -> None:
         assert word in error
 
 
-def test_rows_that_were_not_kept_are_asked_for_until_their_stage_is_pruned(staged, tmp_path):
+def test_rows_that_were_not_kept_are_asked_for(staged, tmp_path):
     staged["stages"][0]["data"]["keep_rows"] = False
     train_all(staged)
     style = staged["stages"][1]
     law = style | {"name": "law", "data": style["data"] | {"new_rows_only": True}}
     with pytest.raises(RunError, match="none of facts"):
         survey(extension(tmp_path / "run", law))
-    prune(tmp_path / "run", "facts")
-    assert [found.state for found in survey(extension(tmp_path / "run", law))][-1] == "new"
 
 
 def test_answers_are_learned_beside_candidates(two, rows, tmp_path):

@@ -9,20 +9,19 @@ import pytest
 from conftest import make_tiny_folder
 from helpers import Stop, stage_dir, stopping, train_all, train_on
 from helpers_data import pair_files
-from helpers_stages import config_of, section
+from helpers_stages import config_of, killed, section
 
 from chainlora import evaluate_task, extend
 from chainlora.cli.main import run as cli
 from chainlora.config.staging import make_stages
 from chainlora.errors import ConfigError, RunError
-from chainlora.evaluation.combination import combine
 from chainlora.files import checksums
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import undo
 from chainlora.runs.history_file import read_history
 from chainlora.training.events import Event, LayerSolved, StageBegins
 from chainlora.training.plan import make_plan
-from chainlora.training.stages import extension, prune, train_stages
+from chainlora.training.stages import combine, extension, prune, train_stages
 
 
 def test_extend_stands_beside(abc, sentiment, capsys, caplog):
@@ -95,10 +94,9 @@ def test_a_stage_beside_others_has_its_config_from_the_first(abc, ac, sentiment)
 
 
 def test_a_stage_goes_on_from_any_state(abc, sentiment, tmp_path):
-    """It stands beside what the run is, which stays as it is, and can be combined with it."""
-    before = open_run(abc)
+    """It is one more part of the run, in place of what it stands on."""
     train_on(f"{abc}@b", section(sentiment, "d"))
-    assert open_run(abc).state == before.state
+    assert open_run(abc).entry.parents == ("a", "c", "d")
     assert open_run(f"{abc}@d").entry.parents == ("b",)
     apart = combine(abc, ["a", "d"], output=tmp_path / "apart")
     found = combine(abc, ["a", "d"])
@@ -109,7 +107,6 @@ def test_a_stage_goes_on_from_any_state(abc, sentiment, tmp_path):
 
 def test_a_stage_beside_nothing_is_what_the_run_becomes(abc, sentiment):
     stage = section(sentiment, "d")
-    train_on(f"{abc}@start", stage)
     undo(abc, "base")
     file = sentiment.with_name("d.yaml")
     file.write_text(json.dumps(stage))
@@ -171,23 +168,15 @@ def test_a_combination_and_the_base_have_rows_of_a_stage_whose_file_has_grown(ab
         section(sentiment, name)  # as other tests read it
 
 
-def test_what_a_combination_leaves_is_named(abc, sentiment, caplog):
-    train_on(f"{abc}@b", section(sentiment, "d"))
-    assert f"chainlora combine {abc} a c d" in caplog.text
-    assert combine(abc, ["a", "c", "d"]).stages == ["a", "b", "c", "d"]
-
-
 def test_a_combination_that_a_kill_prevented_is_made_and_told(ac, sentiment, capsys):
-    train_on(f"{ac}@start", section(sentiment, "d"))  # not combined
+    killed("layer", ac, section(sentiment, "d"))
     file = sentiment.with_name("d.yaml")
     file.write_text(json.dumps(section(sentiment, "d")))
-    other = json.dumps(section(sentiment, "b"))
-    file.with_name("b.yaml").write_text(other)
-    assert cli(["extend", f"{ac}", f"{file.with_name('b.yaml')}", "--dry-run"]) == 0
-    capsys.readouterr()
     ask = ["extend", f"{ac}", f"{file}"]
     assert cli([*ask, "--dry-run"]) == 0
     assert capsys.readouterr().out == "d: finished, then a combination\n"
+    assert cli(["train", f"{ac}", "--dry-run"]) == 0
+    assert capsys.readouterr().out == "would combine a, c, d\n"
     assert cli(ask) == 0
     shown = capsys.readouterr()
     assert shown.out.startswith(f"{ac} is after-d now")

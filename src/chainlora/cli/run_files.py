@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
     """Delete STAGE of RUN for good: links, kept rows, config, records, result, scores.
 
-    Also deleted: combinations that were computed from STAGE with everything on top of them, and
-    RUN's pictures and report. Stages that were trained on top of STAGE stay, without its links. The
-    other stages are combined again, as they were before.
+    Also deleted: stages that were trained on top of STAGE, combinations that were computed from it,
+    and RUN's pictures and report. The other stages are combined again, as they were before.
 
     STAGE may also be a combination, if neither the current state nor a stage was computed from it.
     `undo` then skips it; `combine` with the names of its parts computes it again.
@@ -52,7 +51,7 @@ def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
     _show_pruning(run, stage, pruning, yes, as_json)
     if not yes:
         raise ConfigError("Nothing deleted. Add --yes.")
-    if pruning.again:
+    if pruning.again or pruning.later:
         now = open_run(folder)
         to_stderr(f"{run} is {now.key} now, of {', '.join(now.history.parts(now.key))}")
 
@@ -60,24 +59,24 @@ def prune(run: str, stage: str, yes: bool, as_json: bool) -> None:
 def _show_pruning(run: str, stage: str, pruning: Pruning, yes: bool, as_json: bool) -> None:
     """Print what a pruning deletes, what stays, and how to train later stages again."""
     gone = [str(path) for path in pruning.gone]
-    before = shlex.quote(f"{run}@{pruning.before}")
-    fork = f"chainlora extend {before} STAGE.yaml --name {{0}} --output FOLDER"
-    again = [fork.format(name) for name in pruning.later]
+    place = shlex.quote(run)
+    again = [f"chainlora extend {place} ROWS --on-top --name {name}" for name in pruning.later]
     stays = _remains(pruning)
     if as_json:
         shown = {"run": run, "stage": stage, "deleted": yes, "files": gone}
         shown |= {"computed": pruning.with_it, "again": again, "stays": stays, "now": pruning.now}
         print_json(shown)
         return
-    for deleted in [*gone, *(f"{name}, computed from it" for name in pruning.with_it)]:
+    others = [*pruning.later, *pruning.with_it]
+    for deleted in [*gone, *(f"{name}, computed from it" for name in others)]:
         click.echo(f"{'deleted' if yes else 'would delete'} {deleted}")
     for kept in stays:
         click.echo(f"stays: {kept}")
     if again:
-        click.echo("\n  ".join(["to train these without it:", *again]))
+        click.echo("\n  ".join(["to train these again, without it:", *again]))
     if pruning.now is not None:
         click.echo(f"{run} {'is' if yes else 'would be'} {pruning.now} now")
-    if len(pruning.left) > 1 and not yes:
+    if pruning.again and not yes:
         click.echo(f"would combine the others again: {', '.join(pruning.left)}")
 
 
@@ -86,9 +85,7 @@ def _remains(pruning: Pruning) -> list[str]:
     from chainlora.data.preparing import IN_MEMORY
     from chainlora.models.identity import cache_dir
 
-    later = ", ".join(pruning.later)
     return [
-        *([f"{later}, trained on top of it; with data.replay also on its rows"] if later else []),
         "forks (prune them too), pushed copies, exports, predictions, reports in other places, "
         "records of trackers in other places, and the data files or the adapter of a stage",
         f"tokenised rows of files of more than {IN_MEMORY:,} rows, of all runs: "

@@ -202,14 +202,18 @@ def _rebuild(file: str, overrides: Sequence[tuple[str, str]], dry_run: bool, as_
 
 
 def _build(run: str, overrides: Sequence[tuple[str, str]], dry_run: bool, as_json: bool) -> None:
-    """Build the entries of a run that are declared but not built."""
-    if overrides or dry_run:
-        rule = "`chainlora train RUN` builds the declared entries of RUN and takes no keys"
-        got = "--dry-run" if dry_run else f"--{overrides[0][0]}"
-        raise ConfigError(rule, got, f"leave it out; chainlora log {shlex.quote(run)} lists them")
+    """Compute what the plan of a run lacks."""
+    if overrides:
+        rule = "`chainlora train RUN` computes what the plan of RUN lacks and takes no keys"
+        got = f"--{overrides[0][0]}"
+        raise ConfigError(rule, got, f"leave it out; chainlora log {shlex.quote(run)} shows it")
     folder = whole_run(run)
+    if dry_run:
+        _show_work(folder, as_json)
+        return
     quiet()
     from chainlora.runs.addresses import open_run
+    from chainlora.runs.changes import has_work
     from chainlora.runs.open_base import OpenBase
     from chainlora.training.stages import build_run
 
@@ -224,12 +228,37 @@ def _build(run: str, overrides: Sequence[tuple[str, str]], dry_run: bool, as_jso
     elif results:
         config = after.config().model_copy(update={"output": run})
         _show_run(config, results, base, are_stages=True)
-    elif after.key == before.key and not before.history.unbuilt:
+    elif after.key == before.key and not has_work(before.history):
         click.echo(f"nothing left to do: {run} has ended")
     elif after.key == before.key:
         click.echo(f"{run} is {after.key}, as before")
     else:
         click.echo(f"{run} is {after.key} now")
+
+
+def _show_work(run: Path, as_json: bool) -> None:
+    """Print what the plan of a run still lacks."""
+    quiet()
+    from chainlora.runs.history_file import read_history
+    from chainlora.runs.keys import Made
+
+    history = read_history(run)
+    made, recipes = Made(history), history.recipes()
+    due = dict.fromkeys(recipe for each in recipes.wanted for recipe in made.unmade(each))
+    verbs = {"start": "keep rows of the base", "combine": "combine"}
+    names = [
+        f"train {r.stage.name}"
+        if r.stage is not None
+        else f"combine {', '.join(p.stage.name for p in r.parents if p.stage is not None)}"
+        if r.kind == "combine"
+        else verbs[r.kind]
+        for r in due
+    ]
+    if as_json:
+        print_json({"run": str(run), "would": names})
+        return
+    for name in names or ["nothing left to do"]:
+        click.echo(f"would {name}" if names else name)
 
 
 def _stage_of(file: str, output: Any, overrides: Sequence[tuple[str, str]]) -> str:

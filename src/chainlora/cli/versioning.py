@@ -202,8 +202,8 @@ def combine(
     folder = whole_run(run)
     quiet()
     from chainlora.cli.screen import evaluation_progress, scored_matrix, show_matrix
-    from chainlora.evaluation.combination import combine as combined
     from chainlora.evaluation.combination import summary_of
+    from chainlora.training.stages import combine as combined
 
     keys, importance = _parse_importance(names)
     with evaluation_progress("combining {} {} of {}") as progress:
@@ -223,7 +223,7 @@ def combine(
 
 def _parse_importance(names: Sequence[str]) -> tuple[list[str], dict[str, float]]:
     """Return the names, and the importance of each ``NAME=IMPORTANCE``."""
-    from chainlora.runs.history import START  # always a part; its name only sets its importance
+    from chainlora.runs.entries import START
 
     keys, importance = list[str](), dict[str, float]()
     for name in names:
@@ -244,8 +244,8 @@ def undo(run: str, to: str | None, as_json: bool) -> None:
     """Undo the last combination or stage of RUN.
 
     A stage is undone together with its combination. Nothing is deleted: rows and
-    links stay in RUN (`prune` deletes them). With --to, RUN goes to any state of its history; a
-    further `undo` goes back from there. `redo` reverts an undo.
+    links stay in RUN (`prune` deletes them); only a stage in training is dropped. With --to, RUN
+    goes to any state that a command has made of it. `redo` reverts an undo.
     """
     folder = whole_run(run)
     quiet()

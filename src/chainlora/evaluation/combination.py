@@ -1,6 +1,6 @@
 """Combine states of a run layer by layer (`chain.solving`), on kept rows of their stages.
 
-Only `Recipe.steps` train. The origin is one more part, if it has kept rows (decision 36).
+Only `How.steps` train. The origin is one more part, if it has kept rows (decision 36).
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from chainlora import files
 from chainlora.chain.combining import Combined, Part
@@ -18,21 +18,21 @@ from chainlora.chain.link import stack_links
 from chainlora.chain.solving import combine as solve
 from chainlora.data.kept import Kept, need_embedded, newest
 from chainlora.data.rows import MemoryRows, joined
-from chainlora.errors import ChainError, ChainLoRAError, RunError
+from chainlora.errors import ChainError, RunError
 from chainlora.evaluation.combined_steps import POINT, Lessons, Point, trained
 from chainlora.evaluation.stage_scores import Progress
 from chainlora.runs.addresses import open_run, state_at
-from chainlora.runs.beginning import fork, need_same_base, take_in
-from chainlora.runs.changes import whole_run
+from chainlora.runs.beginning import need_same_base, take_in
 from chainlora.runs.documents import short_digest
-from chainlora.runs.export import empty_folder, filled_folder
-from chainlora.runs.history import COMBINED, START, History, Recipe, State, Unbuilt
+from chainlora.runs.entries import COMBINED, START, Due, State
+from chainlora.runs.history import History
 from chainlora.runs.history_file import read_history, update_history
+from chainlora.runs.keys import Made
 from chainlora.runs.links import need_low_rank_sum, save_link
-from chainlora.runs.locks import writing
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import chain_on_base
 from chainlora.runs.paths import is_run, stage_folder
+from chainlora.runs.recipes import How
 from chainlora.runs.saved_chain import as_adapter
 from chainlora.runs.state import OpenState
 
@@ -45,8 +45,9 @@ GENERAL = 4.0  # importance of the origin
 ON_TOP = "train it on top of the others, by --on-top or beside: false"
 
 
-def combine(
-    run: str | Path,
+def edited(
+    run: Path,
+    history: History,
     names: str | Path | Sequence[str | Path] = (),
     *,
     rank: int | None = None,
@@ -54,61 +55,43 @@ def combine(
     general: bool = True,
     keep_conflicts: bool = False,
     steps: int = 0,
-    output: str | Path | None = None,
-    progress: Progress | None = None,
-) -> OpenState:
-    """Combine states of a run, and other runs. The combination becomes the run's head.
+) -> History:
+    """Return the history of a run that is a combination; stages of other runs are copied into it.
 
-    Args:
-        run: the run.
-        names: stages of the run, each with its ancestors, and other runs on the same base, whose
-            stages are copied into this run. By default the parts of the head are combined; if it is
-            not a combination, all stages that no other stage was trained on.
-        rank: rank of the combination, which is one link; by default the sum of the ranks of all
-            links of the parts, at least 16.
-        importance: a weight for the rows of a part, by its name, or for all parts from another run,
-            by the name given to that run; by default 1.
-        general: combine the origin too, by the rows that were kept for it.
-        keep_conflicts: use rows even if their prompt has another answer in a later stage.
-        steps: train the combined link for this many steps on kept rows; a killed call resumes.
-        output: a new folder: the combination becomes a new run, and this one does not change.
-        progress: called as ``progress(parts, layers_done, layers)``.
-
-    Returns:
-        The new state.
-
-    Raises:
-        RunError: fewer than two parts, a part that another one was trained on, stages without kept
-            rows, links that are not low-rank sums, a model that cannot be solved layer by layer, or
-            runs with another base, precision, tokenizer or chat template.
+    The arguments are those of `training.stages.combine`. Raises RunError for what it refuses.
     """
-    folder = whole_run(run)
-    with writing(folder) if output is None else nullcontext():
-        history = read_history(folder)
-        given = _parts(folder, history, [names] if isinstance(names, str | Path) else names)
-        parts = [state for state, _ in given]
-        with_origin = general and has_general(open_run(folder))
-        if len(parts) + with_origin < 2:
-            raise RunError(
-                "a combination needs two parts or more; the origin counts if it has rows",
-                ", ".join(map(str, parts)) or "none",
-                "add a stage by chainlora extend --beside, or name others",
-            )
-        need_combinable(parts)
-        if rank is not None and rank < 1:
-            remedy = "give another one, or leave it out"
-            raise RunError("the rank of a combination must be above 0", rank, remedy)
-        weights = _checked_weights(importance or {}, [its for _, its in given], with_origin)
-        if steps < 0:
-            raise RunError("the steps of a combination must be 0 or more", steps, "leave them out")
-        recipe = Recipe(rank=rank, general=general, keep_conflicts=keep_conflicts, steps=steps)
-        if output is None:
-            return _become(folder, parts, weights, recipe, progress)
-    target = empty_folder(output)
-    with filled_folder(target) as scratch:
-        fork(parts[0], scratch)
-        _become(scratch, parts, weights, recipe, progress)
-    return open_run(target)
+    given = _parts(run, history, [names] if isinstance(names, str | Path) else names)
+    parts = [state for state, _ in given]
+    with_origin = general and has_general(state_at(run, history))
+    if len(parts) + with_origin < 2:
+        raise RunError(
+            "a combination needs two parts or more; the origin counts if it has rows",
+            ", ".join(map(str, parts)) or "none",
+            "add a stage by chainlora extend --beside, or name others",
+        )
+    need_combinable(parts)
+    if rank is not None and rank < 1:
+        remedy = "give another one, or leave it out"
+        raise RunError("the rank of a combination must be above 0", rank, remedy)
+    weights = _checked_weights(importance or {}, [its for _, its in given], with_origin)
+    if steps < 0:
+        raise RunError("the steps of a combination must be 0 or more", steps, "leave them out")
+    keys, taken = list[str](), list[int]()
+    for state in parts:
+        names_of = {state.key: state.key}
+        if state.run != run:
+            history, names_of = take_in(run, history, state)
+            taken.append(history.at)
+        keys.append(names_of[state.key])
+    pairs = zip((*keys, START), weights, strict=True)
+    known = {key: weight for key, weight in pairs if weight is not None}
+    own: Any = {"rank": rank, "importance": known, "general": general, "steps": steps}
+    how = How(keep_conflicts=keep_conflicts, always=len(parts) < 2, **own)
+    after = history.edited(history.plan_of(keys, how), "combine")
+    if made := [r for r in after.recipes().root.lineage if not Made(after).is_made(r)]:
+        rule = "runs must share the rows of their base that stages read again (data.replay)"
+        raise RunError(rule, f"others for {made[0].stage and made[0].stage.name}", "leave it out")
+    return after
 
 
 def _parts(
@@ -122,8 +105,8 @@ def _parts(
     others = {str(name): _other_run(name) for name in names if str(name) not in keys}
     default = history.parts(history.head)
     if not others and len(default) < 2:
-        stages = (e for e in history.entries if e.kind in ("stage", "import") and e.state.links)
-        default = [entry.key for entry in stages]
+        in_plan = [name for name in history.plan().names if history.state_of(name).links]
+        default = history.plan().parts(in_plan)
     own = keys or default
     found = [(state_at(folder, history, key), [key]) for key in own]
     for name, other in others.items():
@@ -160,94 +143,33 @@ def _checked_weights(
     return [None if name is None else importance[name] for name in named]
 
 
-def _become(
-    run: Path,
-    states: Sequence[OpenState],
-    weights: Sequence[float | None],
-    recipe: Recipe,
-    progress: Progress | None,
-) -> OpenState:
-    """Combine states in a run, after copying those of other runs; return the new head.
-
-    `weights` are the importance of each state, and then of the origin; None: the default.
-    """
-    keys = [state.key if state.run == run else take_in(run, state) for state in states]
-    pairs = zip((*keys, START), weights, strict=True)
-    given = {key: weight for key, weight in pairs if weight is not None}
-    recipe = recipe.model_copy(update={"importance": given})
-    key = ""
-
-    def change(history: History) -> History:
-        nonlocal key
-        order = [entry.key for entry in history.entries if entry.key in keys]
-        known = history.combination(order, recipe)
-        key = history.name_after(order) if known is None else known.key
-        unit = known.unit if known is not None else key
-        new = Unbuilt(key=key, kind="combine", parents=tuple(order), unit=unit, recipe=recipe)
-        return history.declared([new] if known is None else [], key)
-
-    history = update_history(run, change)
-    if history.find(key) is None:
-        build_combination(run, key, progress)
-    return open_run(run)
-
-
 def build_combination(
-    run: Path, key: str, progress: Progress | None = None, base: OpenBase | None = None
+    run: Path, due: Due, progress: Progress | None = None, base: OpenBase | None = None
 ) -> None:
-    """Solve a declared combination, and give its entry its state."""
-    history = read_history(run)
-    declared = history.find_unbuilt(key)
-    assert declared is not None
-    try:
-        build = solved_combination(run, history, declared, progress, base)
-    except ChainLoRAError:  # a second try would fail too: withdraw it
-        update_history(run, lambda current: current.withdrawn([key]))
-        raise
-
-    update_history(run, build)
-
-
-def solved_combination(
-    run: Path,
-    history: History,
-    declared: Unbuilt,
-    progress: Progress | None = None,
-    base: OpenBase | None = None,
-) -> Callable[[History], History]:
-    """Solve a combination; return a function that saves its link and builds its entry.
-
-    The function is called under the lock of the run.
-    """
+    """Solve a combination, save its link, and write its entry."""
+    history, recipe = read_history(run), due.recipe
+    how = recipe.how or How()
     # sorted: the order of summation, and so the bits, must not depend on the order of names
-    states = [state_at(run, history, name) for name in declared.parents]
+    states = [state_at(run, history, name) for name in due.parents]
     states = sorted(states, key=lambda state: state.state.digest)
-    progress, recipe = progress or (lambda *done: None), declared.recipe
-    folder = stage_folder(run, declared.key)  # has a point while the steps are not finished
+    progress = progress or (lambda *done: None)
+    folder = stage_folder(run, due.key)  # has a point while the steps are not finished
     save, point = None, None
-    if recipe.steps:
-        digests = [state.state.digest for state in states]
-        kept = sorted(history.keepers(declared.parents).values())
-        identity = short_digest([digests, kept, recipe.model_dump(mode="json")])
-        save = partial(Point.write, path=folder / POINT, identity=identity)
-        point = Point.read(folder / POINT, identity)
+    if how.steps:
+        save = partial(Point.write, path=folder / POINT, identity=due.digest)
+        point = Point.read(folder / POINT, due.digest)
     if point is None:
-        point = Point.of(_solved(states, recipe, progress, base))
+        point = Point.of(_solved(states, how, progress, base))
     if save is not None:
         save(point)
-        point = _trained(states, recipe, point, save, progress, base)
+        point = _trained(states, how, point, save, progress, base)
     link = point.link()
-
-    def build(current: History) -> History:
-        files.remove_scratch(run / "links", COMBINED)  # left by a kill; safe under the lock
-        digest, facts = save_link(run, link, current.base, COMBINED)
-        state = State(base=current.base.fingerprint, links=(digest,))
-        reads = tuple(current.keepers(declared.parents))
-        entry = declared.built(state, reads=reads, distances=dict(point.distances))
-        files.remove(folder)
-        return current.built(entry, {digest: facts})
-
-    return build
+    files.remove_scratch(run / "links", COMBINED)  # left by a kill; the run is held
+    digest, facts = save_link(run, link, history.base, COMBINED)
+    state = State(base=history.base.fingerprint, links=(digest,))
+    entry = due.entry(state, distances=dict(point.distances))
+    update_history(run, lambda now: now.added(entry, {digest: facts}))
+    files.remove(folder)
 
 
 def summary_of(history: History, key: str) -> str:
@@ -313,7 +235,7 @@ def has_general(state: OpenState) -> bool:
 
 
 def _solved(
-    states: Sequence[OpenState], recipe: Recipe, progress: Progress, base: OpenBase | None
+    states: Sequence[OpenState], recipe: How, progress: Progress, base: OpenBase | None
 ) -> Combined:
     """Return the closed form for states, and for the origin if the recipe asks for it."""
     first, history = states[0], states[0].history
@@ -341,7 +263,7 @@ def _solved(
         raise RunError(f"Cannot combine: {error}") from None
 
 
-def _adds_origin(states: Sequence[OpenState], recipe: Recipe) -> bool:
+def _adds_origin(states: Sequence[OpenState], recipe: How) -> bool:
     """Say whether the origin is one more part."""
     start = states[0].history.find(START)
     has_rows = start is not None and start.kept is not None
@@ -350,7 +272,7 @@ def _adds_origin(states: Sequence[OpenState], recipe: Recipe) -> bool:
 
 def _trained(
     states: Sequence[OpenState],
-    recipe: Recipe,
+    recipe: How,
     point: Point,
     save: Callable[[Point], None],
     progress: Progress,
@@ -376,7 +298,7 @@ def _trained(
 
 
 def _rows_of(
-    states: Sequence[OpenState], kept: Mapping[str, Kept], recipe: Recipe
+    states: Sequence[OpenState], kept: Mapping[str, Kept], recipe: How
 ) -> list[list[list[int]]]:
     """Return the token rows of each state: a sample of each of its stages, never test rows."""
     kept = kept if recipe.keep_conflicts else newest(kept)

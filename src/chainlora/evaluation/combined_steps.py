@@ -1,4 +1,4 @@
-"""Train the link of a combination for a few steps on kept rows (`Recipe.steps`).
+"""Train the link of a combination for a few steps on kept rows (`How.steps`).
 
 The closed form (`chain.solving`) is the start; its rank stays. A step reads `ROWS` rows of the
 parts in turn, and `GENERAL_ROWS` general rows, on which the base is the teacher. Its loss is

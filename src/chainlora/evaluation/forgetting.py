@@ -16,9 +16,11 @@ from chainlora.errors import ConfigError, ForgettingError, RunError
 from chainlora.evaluation.metrics import is_higher_better
 from chainlora.evaluation.stage_scores import Cell, Progress, stage_matrix
 from chainlora.runs.addresses import state_at
-from chainlora.runs.changes import undo
+from chainlora.runs.changes import later_of, undo
+from chainlora.runs.entries import BASE
 from chainlora.runs.history import History
 from chainlora.runs.history_file import read_history
+from chainlora.runs.keys import Made
 from chainlora.runs.open_base import OpenBase
 
 logger = logging.getLogger(__name__)
@@ -40,8 +42,8 @@ def check_forgetting(
 ) -> str:
     """Compare a run before and after stages of these names; return a sentence about the result.
 
-    `limit` is the largest accepted loss of a column (`loss_of`). Stages are compared only if they
-    are at the head of the run, or were undone last; otherwise the sentence is empty.
+    `limit` is the largest accepted loss of a column (`loss_of`). If the run is not made of the
+    stages, the sentence is empty.
 
     Raises ForgettingError if a column has lost more; then the stages are undone.
     """
@@ -72,22 +74,16 @@ def check_forgetting(
 
 
 def _before_and_after(history: History, names: Collection[str]) -> tuple[str | None, str | None]:
-    """Return the entries before and after stages of these names, if they are latest or undone."""
-
-    def is_of_stages(key: str) -> bool:
-        entry = history.find(key)
-        return entry is not None and entry.unit in names
-
-    undone = history.future[:1]
-    if is_of_stages(history.head):
-        after, earlier = history.head, history.past
-    elif undone and is_of_stages(undone[0]):
-        after, earlier = undone[0], (history.head,)
-    else:
-        return None, None
-    below = history.below(after)
-    for key in reversed(earlier):  # other stages may have been added in between, and undone
-        if {*history.parts(key)} <= below and not history.below(key) & {*names}:
+    """Return what a run was before stages of these names, and what it is with them."""
+    if not {*names} <= {*history.plan().names}:
+        later = (key for key in later_of(history) if {*names} <= history.below(key))
+        return history.head, next(later, None)
+    after, made = history.head, Made(history)
+    for place in history.ancestors():  # other stages may have been added in between, and undone
+        root = history.recipes(place).root
+        key = getattr(made.entry(root), "key", BASE)
+        is_below = {*history.parts(key)} <= history.below(after)
+        if made.is_made(root) and is_below and not history.below(key) & {*names}:
             return key, after
     return None, None
 

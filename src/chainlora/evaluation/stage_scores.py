@@ -45,7 +45,7 @@ from chainlora.runs.addresses import Address, open_run
 from chainlora.runs.changes import MATRIX
 from chainlora.runs.documents import Digest, short_digest
 from chainlora.runs.draft import drafts_in
-from chainlora.runs.history import BASE, START, State
+from chainlora.runs.entries import BASE, START, State
 from chainlora.runs.history_file import read_history
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import chain_on_base

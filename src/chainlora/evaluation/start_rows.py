@@ -22,12 +22,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from chainlora import files
-from chainlora.config.schema import DataConfig, StartData
+from chainlora.config.schema import DataConfig, RunConfig, StartData
 from chainlora.data.division import pick
 from chainlora.data.encoding.chat import need_template
 from chainlora.data.encoding.tokens import Ids, TokenReader
 from chainlora.data.examples import Example, hash_of
-from chainlora.data.kept import Kept, keeps_general, read_kept, write_kept
+from chainlora.data.kept import Kept, read_kept, write_kept
 from chainlora.data.rows import MemoryRows
 from chainlora.data.splits import Splits, length_limit, prepare_splits
 from chainlora.data.templates import ends_of_turn, render_chat, set_chat_template
@@ -42,13 +42,15 @@ from chainlora.runs.addresses import open_run
 from chainlora.runs.beginning import save_rows, with_start_rows
 from chainlora.runs.changes import whole_run
 from chainlora.runs.costs import versions
-from chainlora.runs.declaring import declared_config
+from chainlora.runs.declaring import config_of
+from chainlora.runs.documents import short_digest
 from chainlora.runs.draft import drafts_in
-from chainlora.runs.history import BASE, CONTENT, START, TOKENIZER, State, Unbuilt, rows_file
+from chainlora.runs.entries import BASE, CONTENT, START, TOKENIZER, Due, State, Training, rows_file
+from chainlora.runs.history import History
 from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import check_base, noted_base, tokenizer_of
-from chainlora.runs.resuming import need_same_sources, start_digests
+from chainlora.runs.resuming import need_pinned, start_digests
 from chainlora.runs.saved_chain import as_adapter
 
 logger = logging.getLogger(__name__)
@@ -69,21 +71,21 @@ def rows_of_start(rows: StartData, data: DataConfig, tokenizer: Any, context: in
         raise
 
 
-def build_start(run: Path, declared: Unbuilt, base: OpenBase | None, progress: Progress) -> None:
+def build_start(run: Path, due: Due, base: OpenBase | None, progress: Progress) -> None:
     """Keep rows for the base: given ones, or general rows."""
-    config = declared_config(run, declared)
+    config = _config_of_start(run, read_history(run))
     base = OpenBase.of_config(config, run).or_shared(base)
     for folder in (run / name for name in CONTENT):
         files.remove_scratch(folder, START)  # left by a killed process
     history = read_history(run)
-    need_same_sources(run, declared, start_digests(config))
+    need_pinned(run, START, due.recipe.own["sources"], start_digests(config))
     chain = base.chain(seed=config.train.seed, hold=config.chain.hold)
     base_facts = noted_base(config, chain, base.files)
     tokenizer = base.tokenizer(run / TOKENIZER if history.tokenizer else None)
     rows: Kept | None = None
     if isinstance(config.start_data, StartData):
         rows = rows_of_start(config.start_data, config.data, tokenizer, base.context)
-    elif keeps_general(config):
+    else:
         set_chat_template(tokenizer, config.data)
         if config.data.format == "chat":  # the first stage would be refused after the writing
             need_template(tokenizer)
@@ -91,8 +93,22 @@ def build_start(run: Path, declared: Unbuilt, base: OpenBase | None, progress: P
         identity = [base.files, config.train.dtype, config.quantize]
         rows = general_rows(chain.model, tokenizer, longest, progress, identity)
     kept = None if rows is None else save_rows(run, rows, START)
-    entry = declared.built(State(base=base_facts.fingerprint), kept=kept)
-    update_history(run, lambda now: now.model_copy(update={"base": base_facts}).built(entry, {}))
+    training = Training(rows=None if rows is None else _digest_of(rows))
+    entry = due.entry(State(base=base_facts.fingerprint), kept=kept, training=training)
+    update_history(run, lambda now: now.model_copy(update={"base": base_facts}).added(entry, {}))
+
+
+def _config_of_start(run: Path, history: History) -> RunConfig:
+    """Return the config of a run's first stage, with the rows of the base that the run keeps."""
+    config = config_of(run, history.plan().stages[0])
+    given = (history.general or {}).get("start_data")
+    update = {"start_data": None if given is None else StartData.model_validate(given)}
+    return config.model_copy(update=update)
+
+
+def _digest_of(rows: Kept) -> str:
+    """Return a digest of the rows to train on, on which combinations depend."""
+    return short_digest([[example.sequences, example.scored] for example in rows.train[:]])
 
 
 def keep_start_rows(run: str | Path, rows: StartData) -> None:

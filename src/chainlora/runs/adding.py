@@ -20,17 +20,9 @@ from chainlora.data.splits import Splits, prepare_splits
 from chainlora.errors import ChainLoRAError, DataError, ModelError, RunError
 from chainlora.models.loading import load_tokenizer
 from chainlora.runs.beginning import save_rows
-from chainlora.runs.declaring import declared_config
-from chainlora.runs.history import (
-    BASE,
-    CONFIG,
-    TOKENIZER,
-    Base,
-    History,
-    State,
-    Training,
-    Unbuilt,
-)
+from chainlora.runs.declaring import config_of
+from chainlora.runs.entries import CONFIG, TOKENIZER, Base, Due, State
+from chainlora.runs.history import History
 from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.links import save_link
 from chainlora.runs.loading_start import Start, fitted, load_start, need_layers, start_folder
@@ -42,18 +34,6 @@ from chainlora.runs.resuming import import_sources, need_same_sources
 from chainlora.runs.saved_chain import as_adapter
 
 logger = logging.getLogger(__name__)
-
-
-def import_entry(name: str, config: RunConfig, origin: str) -> Unbuilt:
-    """Return the declaration of an adapter, with digests of the adapter and its files of rows."""
-    return Unbuilt(
-        key=name,
-        kind="import",
-        parents=() if origin == BASE else (origin,),
-        unit=name,
-        training=Training(sources=import_sources(config)),
-        config=config.model_dump(mode="json"),
-    )
 
 
 def read_adapter(source: str) -> Start:
@@ -87,39 +67,39 @@ def check_adapter(start: Start, base: OpenBase) -> None:
             raise ModelError(rule, f"others: {got}", MERGE) from error
 
 
-def build_import(run: Path, declared: Unbuilt, base: OpenBase | None = None) -> None:
-    """Import a declared adapter, keep a sample of its rows, and give its entry its state.
+def build_import(run: Path, due: Due, base: OpenBase | None = None) -> None:
+    """Import an adapter of the plan, keep a sample of its rows, and write its entry.
 
-    Raises RunError if the adapter or its rows have changed since the declaration, ChainLoRAError
+    Raises RunError if the adapter or its rows have changed since they were added, ChainLoRAError
     if they cannot be read.
     """
-    scratch = Scratch(run, declared.key)
+    scratch = Scratch(run, due.key)
     scratch.clear()
     try:
-        _import(run, declared, base)
+        _import(run, due, base)
     except ChainLoRAError:
         scratch.undo()
         raise
 
 
-def _import(run: Path, declared: Unbuilt, base: OpenBase | None) -> None:
-    config, history, key = declared_config(run, declared), read_history(run), declared.key
-    need_same_sources(run, declared, import_sources(config))
+def _import(run: Path, due: Due, base: OpenBase | None) -> None:
+    config, history, key = config_of(run, due.stage), read_history(run), due.key
+    need_same_sources(run, due.stage, import_sources(config))
     base = OpenBase.of_config(config, run).or_shared(base)
     start, base_facts = _fitted(run, config, history, base)
     rows, kept = _rows_of(config, base, run / TOKENIZER if history.tokenizer else None, start)
     links = dict(save_link(run, link, base_facts, key) for link in start.links)
     kept_digest, path = save_rows(run, kept, key), stage_folder(run, key) / CONFIG
     files.write_text(path, dump_config(config))
-    entry = declared.built(
+    entry = due.entry(
         State(base=base_facts.fingerprint, links=tuple(links)),
         tied=tuple(links),
         kept=kept_digest,
-        training=declared.training.model_copy(update={"rows": rows.digest}),
+        training=due.training.model_copy(update={"rows": rows.digest}),
         files={CONFIG: files.sha256(path)},
     )
 
-    update_history(run, lambda now: now.model_copy(update={"base": base_facts}).built(entry, links))
+    update_history(run, lambda now: now.model_copy(update={"base": base_facts}).added(entry, links))
 
 
 def _fitted(run: Path, config: RunConfig, history: History, base: OpenBase) -> tuple[Start, Base]:

@@ -1,8 +1,8 @@
 """Find the state at an address: ``RUN``, ``RUN@NAME``, or a state itself.
 
 ``RUN`` is the head of the run. ``RUN@STAGE`` is the end of a stage, or another entry of `chainlora
-log`, by its name or the first digits of its digest. ``RUN@start`` is the origin, and ``RUN@base``
-the model without links.
+log`, by its name or the first digits of its digest. ``RUN@base`` is the model without links, as is
+``RUN@start``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from pathlib import Path
 from chainlora.errors import RunError
 from chainlora.runs.documents import DAMAGED
 from chainlora.runs.draft import DRAFT, drafts_in, read_draft
-from chainlora.runs.history import BASE, CONFIG, START, History
+from chainlora.runs.entries import BASE, CONFIG, START
+from chainlora.runs.history import History
 from chainlora.runs.history_file import read_history
 from chainlora.runs.paths import HISTORY, exists_in, need_run, split_address
 from chainlora.runs.state import OpenState
@@ -42,7 +43,8 @@ def open_run(address: Address) -> OpenState:
     need_run(address)
     run, name = split_address(address)
     history = read_history(run)
-    drafts = {} if history.own else drafts_in(run, history)
+    has_stage = any(entry.key != START for entry in history.entries)
+    drafts = {} if has_stage else drafts_in(run, history)
     if drafts and name in (None, BASE, START):
         state = state_of_draft(run, next(iter(drafts)), history)
         return state if name is None else state_at(run, state.history, name)
@@ -54,14 +56,14 @@ def state_at(run: Path, history: History, name: str | None = None) -> OpenState:
 
     By default it is the state of the head. Raises RunError for an unknown name.
     """
-    key = history.head if name is None else history.origin if name == START else name
+    key = history.head if name is None else name
     entry = history.find(key)
     if entry is None and len(key) >= _SHORTEST:
         states = {e.state.digest: e for e in history.entries if e.state.digest.startswith(key)}
         entry = next(iter(states.values())) if len(states) == 1 else None
-    if entry is None and key != BASE:
+    if entry is None and key not in (BASE, START):
         names = ", ".join(e.key for e in history.entries) or BASE
-        unbuilt = ", which has not ended," if history.find_unbuilt(key) is not None else ""
+        unbuilt = ", which has not ended," if key in history.plan().names else ""
         remedy = f"name one; chainlora log {shlex.quote(str(run))} shows all states"
         raise RunError(f"a stage must be one of {names}", f"{key!r}{unbuilt} for {run}", remedy)
     return OpenState(run, history, history.empty if entry is None else entry.state, entry)
@@ -70,11 +72,11 @@ def state_at(run: Path, history: History, name: str | None = None) -> OpenState:
 def state_of_draft(run: Path, stage: str, history: History | None = None) -> OpenState:
     """Return the state of a stage in training. Raises RunError if ``stage.json`` does not fit."""
     history, draft = history or read_history(run), read_draft(run, stage)
-    declared = history.find_unbuilt(stage)
-    if declared is None or history.below(declared.parent) & {e.key for e in history.unbuilt}:
+    due = history.due_stage(stage)
+    if due is None or due.digest != draft.digest:
         raise RunError(f"{DRAFT} must be of its run", f"{stage} in {run}", DAMAGED)
     sums = {name: digest for name, digest in draft.files.items() if name == CONFIG}
-    entry = draft.entry(declared, history, draft.tied, files=sums, ended="")
+    entry = draft.entry(due, draft.tied, files=sums, ended="")
     history = history.added(entry, draft.links)
     try:
         history.need_names()

@@ -1,15 +1,11 @@
-"""Copy a state, its ancestors and their files into another run.
-
-A fork begins with such a copy; a combination with stages of other runs takes them in.
-"""
+"""Copy entries and their files into another run: a fork, or a run that is joined to another."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
 
 from chainlora import files
 from chainlora.config.staging import RUN_WIDE, is_name
@@ -18,9 +14,8 @@ from chainlora.errors import RunError
 from chainlora.models.finding import resolve_model
 from chainlora.models.identity import tokenizer_files
 from chainlora.models.loading import are_same_tokenizers, load_tokenizer
-from chainlora.runs.documents import need_file, now, write_part
-from chainlora.runs.history import (
-    BASE,
+from chainlora.runs.documents import need_file, now
+from chainlora.runs.entries import (
     CONFIG,
     CONTENT,
     RECORDS,
@@ -28,45 +23,27 @@ from chainlora.runs.history import (
     START,
     TOKENIZER,
     Entry,
-    History,
     rows_file,
 )
-from chainlora.runs.history_file import read_history, update_history
-from chainlora.runs.paths import HISTORY
+from chainlora.runs.history import History
+from chainlora.runs.keys import Made
+from chainlora.runs.recipes import Stage
 from chainlora.runs.state import OpenState
 
 
-def closure(state: OpenState) -> History:
-    """Return the history of a state alone: its entry, the ancestors, and their links."""
-    needed = {*state.keepers, *(entry.key for entry in state.lineage)}
-    part = _part(state.history, [e for e in state.history.entries if e.key in needed])
-    moves = {"head": state.key, "origin": state.key, "past": (), "future": (), "target": None}
-    return part.model_copy(update={**moves, "unbuilt": ()})
+def fork_of(state: OpenState) -> History:
+    """Return the history of a new run that begins with a state; `fill_fork` copies its files."""
+    history = state.history.only(state.key)
+    entries = tuple(map(_with_copied_files, history.entries))
+    return history.model_copy(update={"base": state.base, "entries": entries, "tokenizer": {}})
 
 
-def _part(history: History, entries: Sequence[Entry]) -> History:
-    """Return a history with some entries only, and their links."""
-    digests = (d for e in entries for d in (*e.state.links, *e.tied))
-    links = {digest: history.links[digest] for digest in digests}
-    return history.model_copy(update={"entries": tuple(entries), "links": links})
-
-
-def own_closure(state: OpenState) -> History:
-    """Return the history of a state alone, with the files that another run gets."""
-    part = closure(state)
-    entries = tuple(map(_with_copied_files, part.entries))
-    return part.model_copy(update={"entries": entries, "tokenizer": {}})
-
-
-def fork(state: OpenState, folder: Path) -> None:
-    """Write a new run with a state of another one as its head; copy all files it needs."""
-    history = own_closure(state)
-    origin = START if history.find(START) is not None else BASE
-    update: dict[str, Any] = {"base": state.base, "origin": origin}
-    if (tokenizer := state.tokenizer()) is not None:
-        update["tokenizer"] = copy_tokenizer(tokenizer, folder)
+def fill_fork(folder: Path, state: OpenState, history: History) -> History:
+    """Copy the files of a fork into its folder; return its history with its own tokenizer."""
     copy_files(state.run, folder, history)
-    write_part(folder / HISTORY, history.model_copy(update=update))
+    if (tokenizer := state.tokenizer()) is None:
+        return history
+    return history.model_copy(update={"tokenizer": copy_tokenizer(tokenizer, folder)})
 
 
 def need_same_base(own: OpenState, state: OpenState) -> None:
@@ -103,65 +80,62 @@ def _have_same_tokenizer(own: OpenState, state: OpenState) -> bool:
     return are_same_tokenizers(*map(load_tokenizer, folders))
 
 
-def take_in(run: Path, state: OpenState) -> str:
-    """Copy a state of another run and its ancestors into a run; return the new name of its entry.
+def take_in(run: Path, history: History, state: OpenState) -> tuple[History, dict[str, str]]:
+    """Copy a state of another run and its ancestors into a run.
 
-    An entry keeps its name if it is free. Otherwise it gets the name of the other run's folder.
+    Returns the history of the run with these entries, and with their stages at the end of its plan;
+    and the new names of the entries. An entry that the run has already is not copied. Others keep
+    their names if these are free; otherwise they get the name of the other run's folder.
     """
-    history, other = read_history(run), state.history
     state.verify()
-    names: dict[str, str] = {}
-    for entry in state.lineage:
-        names[entry.key] = _new_name(entry, history, run, state.run, names)
-    new = [
-        _with_copied_files(entry)
-        for entry in state.lineage
-        if history.find(names[entry.key]) is None
-    ]
-    part = _part(other, new).model_copy(update={"tokenizer": {}})
-    copy_files(state.run, run, part, names=names)
-
-    def change(history: History) -> History:
-        entries = (entry.renamed(names) for entry in new)
-        renamed = {
-            digest: facts.model_copy(update={"stage": names.get(facts.stage, facts.stage)})
-            for digest, facts in part.links.items()
-        }
-        update = {"entries": (*history.entries, *entries), "links": {**renamed, **history.links}}
-        return history.model_copy(update=update)
-
-    update_history(run, change)
-    return names[state.key]
-
-
-def _new_name(
-    entry: Entry, history: History, run: Path, other: Path, taken: Mapping[str, str]
-) -> str:
-    """Return the name that an entry of another run gets in this run, or has there already.
-
-    Raises RunError if this run has the same stage in another state, because other stages below it
-    were pruned: a link can belong to one stage only.
-    """
-    for known in history.entries if entry.tied else ():
-        if (known.kind, known.state, known.tied) == (entry.kind, entry.state, entry.tied):
-            return known.key
-        if {*known.tied} & {*entry.tied}:
-            raise RunError(
-                "combined runs must hold a stage in one state",
-                f"{known.key} in {run} and {entry.key} in {other}, below which others were pruned",
-                "prune the same stages in both",
+    other, made = state.history.only(state.key), {e.digest: e.key for e in history.entries}
+    names = {e.key: made[e.digest] for e in other.entries if e.digest in made}
+    used = {START, *history.plan().names, *(entry.key for entry in history.entries)}
+    for entry in other.entries:
+        if entry.key != START and entry.key not in names:
+            names[entry.key] = _free_name(entry.key, state.run, used)
+            used.add(names[entry.key])
+    plan, stages = history.plan(), dict[str, Stage]()
+    for stage in other.plan().stages:
+        stages[stage.identity] = stage.renamed(names)
+        if plan.find(names[stage.name]) is None:
+            plan = plan.with_stage(stages[stage.identity])
+    new = [e for e in other.entries if e.digest not in made and e.key != START]
+    part = other.model_copy(update={"entries": tuple(map(_with_copied_files, new))}).tidied()
+    copy_files(state.run, run, part.model_copy(update={"tokenizer": {}}), names=names)
+    history = history.edited(plan, "combine")
+    for entry in part.entries:
+        known = None if entry.identity is None else stages[entry.identity].identity
+        renamed = entry.renamed(names).model_copy(update={"identity": known})
+        facts = {
+            link: part.links[link].model_copy(
+                update={"stage": names.get(part.links[link].stage, part.links[link].stage)}
             )
-    same = history.find(entry.key)
-    is_equal = same is not None and (same.kind, same.state) == (entry.kind, entry.state)
-    is_base = not entry.state.links  # then this run may have rows of its own for it
-    has_rows = is_base or entry.key != START or (same is not None and same.kept == entry.kept)
-    if is_equal and has_rows:
-        return entry.key
-    used = {START, *taken.values(), *(known.key for known in history.entries)}
-    used |= {unbuilt.key for unbuilt in history.unbuilt}
-    folder = other.resolve().name + f"-{entry.key}" * is_base
-    names = chain([entry.key, folder], (f"{entry.key}-{k}" for k in count(2)))
-    return next(name for name in names if is_name(name) and name not in used)
+            for link in (*entry.state.links, *entry.tied)
+        }
+        history = history.added(renamed, facts | history.links)
+    return _with_keys_of(history, {stage.name for stage in stages.values()}), names
+
+
+def _with_keys_of(history: History, names: Collection[str]) -> History:
+    """Return a history whose entries of some stages have the keys of its own plan.
+
+    The other run has the same base, perhaps with files of its tokenizer that were saved again.
+    """
+    for name in history.plan().names:
+        recipe, made = history.recipes().state(name), Made(history)
+        entry, key = history.find(name), made.key(recipe)
+        if name in names and entry is not None and key is not None and not recipe.reads_rows:
+            entries = (e.model_copy(update={"digest": key}) if e is entry else e
+                       for e in history.entries)  # fmt: skip
+            history = history.model_copy(update={"entries": tuple(entries)})
+    return history
+
+
+def _free_name(name: str, other: Path, used: set[str]) -> str:
+    folder = other.resolve().name
+    names = chain([name, folder], (f"{name}-{k}" for k in count(2)))
+    return next(free for free in names if is_name(free) and free not in used)
 
 
 def _with_copied_files(entry: Entry) -> Entry:
@@ -199,14 +173,12 @@ def copy_files(
 def with_start_rows(history: History, kept: str) -> History:
     """Return a history whose entry ``start`` has these kept rows, in place of earlier ones."""
     start = history.find(START)
-    if start is not None:
-        new = start.model_copy(update={"kept": kept})
-        entries = tuple(new if entry.key == START else entry for entry in history.entries)
-        return history.model_copy(update={"entries": entries})
-    new = Entry(key=START, kind="import", state=history.empty, kept=kept, ended=now())
-    if history.origin == history.head == BASE and not history.entries:
-        history = history.model_copy(update={"origin": START})
-    return history.built(new, {})
+    if start is None:
+        start = Entry(key=START, kind="import", state=history.empty, kept=kept, ended=now())
+        return history.added(start, {})
+    new = start.model_copy(update={"kept": kept})
+    entries = tuple(new if entry.key == START else entry for entry in history.entries)
+    return history.model_copy(update={"entries": entries})
 
 
 def save_rows(run: Path, kept: Kept, stage: str) -> str:

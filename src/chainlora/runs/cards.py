@@ -79,7 +79,7 @@ def story_of(run: Address, num_links: int | None = None) -> dict[str, Any]:
     config, training = state.config(), state.entry.training
     data, targets = config.data, config.chain.target_modules
     is_exported = state.entry.kind == "stage" and (num_links is None or num_links > state.first)
-    records = state.records() if is_exported and state.is_as_trained else ()
+    records = state.records() if is_exported else ()
     return {
         "first": state.first,
         "is_told": is_exported,  # at least one link of the last stage is exported

@@ -12,9 +12,13 @@ from typing import Any
 from chainlora.errors import RunError
 from chainlora.runs.addresses import open_run, state_at
 from chainlora.runs.draft import drafts_in
-from chainlora.runs.history import BASE, History
+from chainlora.runs.entries import BASE
+from chainlora.runs.history import History
 from chainlora.runs.history_file import read_history, update_history
+from chainlora.runs.keys import Made
+from chainlora.runs.locks import Scratch, writing
 from chainlora.runs.paths import split_address
+from chainlora.runs.recipes import How
 from chainlora.runs.state import OpenState
 
 MATRIX = "matrix.jsonl"  # scores by digests of states (`evaluation.stage_scores`)
@@ -30,47 +34,90 @@ def whole_run(run: str | Path) -> Path:
 
 
 def undo(run: str | Path, to: str | None = None) -> OpenState:
-    """Move the head back to the state before the last stage or combination, or to the entry `to`.
+    """Go back to the state before the last command, or make the run the entry `to`.
 
-    Nothing is deleted: rows and links stay in the run. `redo` takes an `undo` back; an `undo` with
-    `to` is taken back by another `undo`. Returns the new state.
+    A stage in training is dropped, with its checkpoint. Otherwise nothing is deleted: rows and
+    links stay in the run. `redo` takes an `undo` back; an `undo` with `to` is taken back by another
+    `undo`. Returns the new state.
 
     Raises RunError if there is nothing to undo.
     """
     run = whole_run(run)
-
-    def change(history: History) -> History:
+    with writing(run):
+        history = read_history(run)
         if to is not None:
-            return history.moved(state_at(run, history, to).key)
-        if not history.past:
-            states = f"chainlora log {shlex.quote(str(run))} lists its states"
-            raise RunError(f"Nothing to undo in {run}. {states}.")
-        *past, head = history.past
-        future = (history.head, *history.future)
-        update = {"head": head, "past": tuple(past), "future": future, "target": None}
-        return history.model_copy(update=update)
-
-    update_history(run, change)
+            update_history(run, lambda now: _become(run, now, to))
+        elif drafts := drafts_in(run, history):
+            for name in drafts:
+                Scratch(run, name).undo()
+            update_history(run, lambda now: now.dropped())
+        else:
+            at = next(iter(earlier_of(history).values()), None)
+            if at is None:
+                raise _nothing(run, "undo")
+            update_history(run, lambda now: now.moved(at))
     return open_run(run)
 
 
+def has_work(history: History) -> bool:
+    """Say whether a run lacks something that its plan wants."""
+    return Made(history).due(history.recipes().wanted) is not None
+
+
+def earlier_of(history: History) -> dict[str, int]:
+    """Return what a run was before, the newest first: entries, each with the place of a version."""
+    places, head = dict[str, int](), history.head
+    for place in history.ancestors():
+        key = _state_of(history, place)
+        if key is not None and key != head:
+            places.setdefault(key, place)
+    return places
+
+
+def later_of(history: History) -> dict[str, int]:
+    """Return what `redo` goes to, the next first: entries, each with the place of a version."""
+    places, head = dict[str, int](), history.head
+    while later := history.successors():
+        history = history.moved(later[-1])
+        key = _state_of(history, history.at)
+        if key is not None and key != head:
+            places.setdefault(key, history.at)
+    return places
+
+
+def _state_of(history: History, place: int) -> str | None:
+    """Return the entry that a version comes to, None if it is not computed."""
+    made, root = Made(history), history.recipes(place).root
+    entry = made.entry(root)
+    return None if not made.is_made(root) else BASE if entry is None else entry.key
+
+
+def _become(run: Path, history: History, name: str) -> History:
+    """Return the history of a run that is an entry, as a new version."""
+    key = state_at(run, history, name).key
+    entry = history.find(key)
+    is_combined = entry is not None and entry.kind == "combine"
+    how = entry.how if entry is not None and is_combined else How()
+    return history.edited(history.plan_of([key], how), f"undo --to {key}")
+
+
+def _nothing(run: Path, verb: str) -> RunError:
+    states = f"chainlora log {shlex.quote(str(run))} lists its states"
+    return RunError(f"Nothing to {verb} in {run}. {states}.")
+
+
 def redo(run: str | Path) -> OpenState:
-    """Take back the last `undo` without `to`. Returns the new state.
+    """Go to the version that was made last from the current one. Returns the new state.
 
     Raises RunError if there is nothing to redo.
     """
     run = whole_run(run)
 
-    def change(history: History) -> History:
-        if not history.future:
-            states = f"chainlora log {shlex.quote(str(run))} lists its states"
-            raise RunError(f"Nothing to redo in {run}. {states}.")
-        head, *future = history.future
-        past = (*history.past, history.head)
-        update = {"head": head, "past": past, "future": tuple(future), "target": None}
-        return history.model_copy(update=update)
-
-    update_history(run, change)
+    with writing(run):
+        at = next(iter(later_of(read_history(run)).values()), None)
+        if at is None:
+            raise _nothing(run, "redo")
+        update_history(run, lambda now: now.moved(at))
     return open_run(run)
 
 
@@ -106,8 +153,8 @@ def log(run: str | Path) -> list[dict[str, Any]]:
         counts = {"stages": [], "links": 0, "rows": False, "ended": None}
         built.append({**base, **counts, "now": True, "before": False})
     begun = drafts_in(folder, history)
+    names = [name for name in reversed(history.plan().names) if history.find(name) is None]
     unbuilt: list[dict[str, Any]] = [
-        {"name": entry.key, "kind": "training" if entry.key in begun else "declared"}
-        for entry in reversed(history.unbuilt)
+        {"name": name, "kind": "training" if name in begun else "declared"} for name in names
     ]
     return unbuilt + built

@@ -44,7 +44,7 @@ class Document(Part):
     """The content of a JSON file of a run; `remedy` is the advice for a damaged one."""
 
     remedy: ClassVar[str] = DAMAGED
-    format: ClassVar[int] = 5
+    format: ClassVar[int] = 6
 
 
 def read_part(path: Path, kind: type[Kind]) -> Kind:

@@ -1,7 +1,6 @@
 """``stages/NAME/stage.json``: the progress of a stage in training, and where it resumes.
 
-Only code that resumes or shows a stage reads this file. The declaration of the stage is in the
-history.
+Only code that resumes or shows a stage reads this file. The stage itself is in the plan.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
 from chainlora.runs.documents import Count, Digest, Document, Part, Sums, read_part
-from chainlora.runs.history import CONFIG, Entry, History, LinkFacts, Training, Unbuilt
+from chainlora.runs.entries import CONFIG, Due, Entry, LinkFacts, Training
+from chainlora.runs.history import History
 from chainlora.runs.paths import stage_folder
 
 DRAFT = "stage.json"
@@ -73,8 +73,9 @@ class Draft(Document):
 
     model_config = ConfigDict(allow_inf_nan=True)
 
-    training: Training = Training()  # of the future entry
-    kept: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None  # of the future entry
+    digest: Digest = "0" * 16  # and the next two: of the future entry
+    training: Training = Training()
+    kept: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     tied: tuple[Digest, ...] = ()  # links so far
     links: dict[Digest, LinkFacts] = Field(default_factory=dict)
     progress: Progress = Progress()  # at the last knot
@@ -83,23 +84,11 @@ class Draft(Document):
     records: Records
     files: Sums = Field(default_factory=dict)  # that a resume needs
 
-    def entry(
-        self, declared: Unbuilt, history: History, links: Sequence[str], **fields: Any
-    ) -> Entry:
-        """Return the entry of a declared stage that ends in these links.
-
-        It has read the kept rows of all entries below, because their validation rows are left out
-        of its own rows.
-        """
-        below = history.state_of(declared.parent)
-        return declared.built(
-            below.model_copy(update={"links": (*below.links, *links)}),
-            reads=tuple(history.keepers([declared.parent])),
-            tied=self.tied,
-            kept=self.kept,
-            training=self.training,
-            **fields,
-        )
+    def entry(self, due: Due, links: Sequence[str], **fields: Any) -> Entry:
+        """Return the entry of a stage that ends in these links."""
+        state = due.below.model_copy(update={"links": (*due.below.links, *links)})
+        known = {"tied": self.tied, "kept": self.kept, "training": self.training}
+        return due.entry(state, **known | fields)
 
     @property
     def position(self) -> Progress:
@@ -141,8 +130,9 @@ def read_draft(run: Path, stage: str) -> Draft:
 
 def drafts_in(run: Path, history: History) -> dict[str, Path]:
     """Return the folders of stages in training, by name."""
-    folders = {entry.key: stage_folder(run, entry.key) for entry in history.unbuilt}
-    return {key: folder for key, folder in folders.items() if (folder / DRAFT).is_file()}
+    names = (name for name in history.plan().names if history.find(name) is None)
+    folders = {name: stage_folder(run, name) for name in names}
+    return {name: folder for name, folder in folders.items() if (folder / DRAFT).is_file()}
 
 
 def ended_leftovers(run: Path, history: History) -> Iterator[Path]:

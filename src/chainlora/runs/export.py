@@ -43,7 +43,7 @@ from chainlora.runs.cards import (
     story_of,
     write_card,
 )
-from chainlora.runs.history import CAUSAL, Base
+from chainlora.runs.entries import CAUSAL, Base
 from chainlora.runs.lineage import Lineage, lineage_of
 from chainlora.runs.opening import check_base, load_run, tokenizer_of
 from chainlora.runs.paths import need_apart

@@ -31,8 +31,8 @@ from chainlora.models.quantizing import is_quantized_model
 from chainlora.runs.addresses import Address, nothing_at, open_run
 from chainlora.runs.cards import Naming
 from chainlora.runs.costs import versions
+from chainlora.runs.entries import BASE, Entry
 from chainlora.runs.export import export_adapter, export_merged
-from chainlora.runs.history import BASE, Entry
 from chainlora.runs.lineage import LINEAGE, Lineage, read_lineage
 from chainlora.runs.loading_start import load_start, put_on
 from chainlora.runs.open_base import OpenBase
@@ -170,8 +170,8 @@ def verify_export(export: str | Path, run: str | Path | None = None) -> list[str
     if others := list(_other_origin(lineage, state, split_address(run)[1] is not None)):
         return [*differences, *others]
     # the same state is kept as it is, because its stage may be in training
-    is_same = state.key == lineage.history.head
-    source = state if is_same else state.at(lineage.history.head)
+    is_same = state.key == lineage.head
+    source = state if is_same else state.at(lineage.head)
     exporter, naming = _exporter(lineage, folder), Naming(**lineage.naming)
     with TemporaryDirectory() as scratch:
         exporter(source, scratch, naming=naming, **lineage.exported)
@@ -189,14 +189,11 @@ def verify_export(export: str | Path, run: str | Path | None = None) -> list[str
 def _compared(lineage: Lineage) -> dict[str, Any]:
     """Return what two lineages of the same state have in common.
 
-    Runs in other places differ in the configs of their links, which name the base's place. In a
-    lineage that begins later, other entries form a unit.
+    Runs in other places differ in the configs of their links, which name the base's place.
     """
     found = lineage.model_dump(mode="json", include={"state", "history", "stages"})
     for link in found["history"]["links"].values():
         link["files"].pop("adapter_config.json", None)
-    for entry in found["history"]["entries"]:
-        del entry["unit"]
     return found
 
 
@@ -231,7 +228,7 @@ def _other_origin(lineage: Lineage, state: OpenState, is_named: bool) -> Iterato
             if changed := changed_files(exported.base.files, hashes or {}):
                 yield f"another base: {place} has another {', '.join(changed)}"
                 return
-    head = exported.head
+    head = lineage.head
     if head != BASE and history.state_of(head) != exported.state_of(head):
         yield f"another run: {run} has no state {head} of these links"
     elif is_named and state.entry != history.find(head):

@@ -1,223 +1,91 @@
-"""The history of a run, ``history.json``: all its states, the current one and the planned one.
+"""The history of a run, ``history.json``: the versions of its plan, and what was computed for them.
 
     RUN/history.json              this file; it is replaced as a whole
     RUN/links/DIGEST/             a link: an ordinary PEFT adapter, stored once
-    RUN/rows/DIGEST.safetensors   the kept rows of a stage
+    RUN/rows/DIGEST.safetensors   the kept rows of a stage, or of the base
     RUN/stages/NAME/              config, records and result of a stage; in training, its checkpoint
                                   too (`runs.work`)
     RUN/tokenizer/                only if the run began with another tokenizer than the base's
 
-The words: an *entry* has a state, and was computed from its *parents*: a stage, a combination or an
-import. The *head* is the entry that the run is now. The *origin* is the entry that it
-began on. An entry is declared before it is computed: until then it is *unbuilt* and has no state.
-The *target* is an unbuilt entry that will become the head.
+A *version* is a plan (`runs.recipes`), and the command that made it out of the version `before`.
+Commands write versions; `training.reconcile` computes the *entries* that a version needs. An entry
+has a state; its `digest` is the key of its recipe (`Made`), so the plan finds it whatever happened
+in between. The *head* is the entry that the run is now: that of the newest version, from `at`
+backwards, which is complete.
 
 Rows are named by their content, links by their stage, config and tensors; they are never
-overwritten. The files of a state are written first; then this file is replaced under a lock. So a
+overwritten. The files of an entry are written first; then this file is replaced under a lock. So a
 kill leaves the history before or after the change, and readers never see half an entry. Files that
 no entry names are ignored, and deleted by `prune`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import chain, count
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from pydantic import Field, model_validator
 
-from chainlora.config.schema import LinkConfig
-from chainlora.errors import ConfigError, RunError
-from chainlora.knots.numbers import Numbers
 from chainlora.runs.documents import (
-    DAMAGED,
-    Count,
     Digest,
     Document,
     Name,
     Part,
     Sums,
     now,
-    short_digest,
 )
-
-CAUSAL = "CAUSAL_LM"  # PEFT's name of the task of causal language models
-MAIN = "main"  # the name of a stage without one
-START = "start"  # the entry of rows of the base
-BASE = "base"  # the state without links
-CONFIG, RECORDS, RESULT = "config.yaml", "metrics.jsonl", "result.json"
-TOKENIZER = "tokenizer"
-WEIGHTS = "adapter_model.safetensors"
-COMBINED = "combined"  # the stage of the link of every combination: equal parts give equal bits
-CONTENT = ("links", "rows")  # folders whose files are named by their content
-
-
-class State(Part):
-    """A base and the links on it, in the order in which they are summed."""
-
-    base: str
-    links: tuple[Digest, ...] = ()
-
-    @property
-    def digest(self) -> str:
-        """Return 16 hexadecimal digits. States with equal digests are equal to the bit."""
-        # 1.0: digests stay as they were, since sums of combinations follow their order
-        return short_digest([self.base, [[link, 1.0] for link in self.links]])
+from chainlora.runs.entries import (
+    BASE,
+    START,
+    TOKENIZER,
+    Base,
+    Due,
+    Entry,
+    LinkFacts,
+    Sha,
+    State,
+    link_folder,
+    rows_file,
+)
+from chainlora.runs.keys import Made
+from chainlora.runs.recipes import How, Plan, Recipe, Recipes, Stage
 
 
-# --- the parts of the history ---
+class Version(Part):
+    """A plan as it is stored, each stage by its identity, and how it came about.
 
-
-class Base(Part):
-    """The model that links belong to.
-
-    `files` are the hashes of its files; they are None for a chain saved without a run.
+    `marks` are stages to erase, with all that was computed from them, once the plan is complete.
     """
 
-    model: str
-    fingerprint: str
-    task_type: str | None = CAUSAL
-    dtype: Annotated[str, Field(pattern=r"^b?float(16|32|64)$")] = "float32"
-    files: dict[str, str] | None = None
-    fan_in_fan_out: bool = False
-    quantize: str | None = None
-
-
-class LinkFacts(Part):
-    """The facts of a link beside its tensors; `files` are the SHA-256 of its adapter's files."""
-
-    stage: Name
-    rank: Count
-    num_steps: Count
-    error: float = 0.0
-    config: dict[str, Any]
-    files: Sums
+    stages: tuple[Digest, ...] = ()
+    off: tuple[Name, ...] = ()
+    how: How = How()
+    before: int = -1  # the place of the version that it was made from
+    command: str = ""
+    time: str = ""
+    marks: tuple[Digest, ...] = ()
 
     @property
-    def digest(self) -> str:
-        """Return the digest of stage, config and tensors.
-
-        A link that was copied into another run keeps its name there, although its stage may have
-        got another name; then this digest differs from its name.
-        """
-        return short_digest([self.stage, self.config, self.files.get(WEIGHTS)])
-
-    def link_config(self) -> LinkConfig:
-        """Return the config. Raises RunError for an invalid one."""
-        try:
-            return LinkConfig(**self.config)
-        except (ConfigError, TypeError) as error:
-            raise RunError("a link's config must be valid", error, DAMAGED) from None
-
-
-class Training(Part):
-    """The inputs of a stage's training."""
-
-    rows: str | None = None  # digest of the rows in their order
-    # digests of task and row files, by config key
-    sources: dict[str, list[str]] = Field(default={})
-    plugins: dict[str, str] = Field(default={})  # SHA-256 of each
-    numbers: Numbers | None = None  # decided before the first step (`training.deciding`)
-    versions: dict[str, str] = Field(default={})
-
-
-class Recipe(Part):
-    """The settings of a combination, beside its parts.
-
-    `rank` is by default the sum of the ranks of all links of the parts, at least 16. `importance`
-    weights the rows of a part. With `general`, the origin is a part too, by the rows of the entry
-    ``start``. With `keep_conflicts`, rows are used even if their prompt has another answer in a
-    later stage. The combined link is then trained for `steps` (`evaluation.combined_steps`).
-    """
-
-    rank: Annotated[int, Field(gt=0)] | None = None
-    importance: dict[Name, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default={})
-    general: bool = True
-    keep_conflicts: bool = False
-    steps: Count = 0
-
-    def of_parts(self, keys: Collection[str]) -> Recipe:
-        """Return the recipe with the importance of these parts only."""
-        importance = {key: value for key, value in self.importance.items() if key in (START, *keys)}
-        return self.model_copy(update={"importance": importance})
-
-
-class Declared(Part):
-    """The part of an entry that is known when it is declared."""
-
-    key: Name
-    kind: Literal["stage", "combine", "import"]
-    parents: tuple[Name, ...] = ()  # the entries that it is computed from; none: the base
-    unit: str = ""  # a stage with its combination: `undo` takes them back together
-    training: Training = Training()  # of a stage or an import
-    recipe: Recipe = Recipe()  # of a combination
-
-    @property
-    def parent(self) -> str:
-        """Return the entry that a stage begins on."""
-        return self.parents[0] if self.parents else BASE
-
-    @property
-    def has_config(self) -> bool:
-        """Say whether it is a stage, or an adapter that is added like one (`runs.adding`)."""
-        return self.kind == "stage" or (self.kind == "import" and self.key != START)
-
-
-class Unbuilt(Declared):
-    """An entry without a state."""
-
-    config: dict[str, Any] = Field(default={})  # of a stage or an import
-
-    def built(self, state: State, **more: Any) -> Entry:
-        """Return the entry with its state, other fields, and the current time as its end."""
-        declared = {name: getattr(self, name) for name in Declared.model_fields}
-        return Entry(**declared | {"state": state, "ended": now()} | more)
-
-
-class Entry(Declared):
-    """A built entry: a state, and how it was computed."""
-
-    reads: tuple[Name, ...] = ()  # entries whose kept rows were used
-    state: State
-    # all links of a stage; its state may end at an earlier, best point
-    tied: tuple[Digest, ...] = ()
-    kept: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None  # SHA-256 of its kept rows
-    files: Sums = Field(default={})  # in ``stages/KEY``
-    ended: str = ""  # when, in UTC
-    pruned: bool = False  # links below it were deleted after it was trained
-    distances: dict[Name, float] = Field(default={})  # of a combination, from each part
-
-    @property
-    def has_config(self) -> bool:
-        """Say whether it is a stage, or an adapter that was added like one (`runs.adding`)."""
-        return CONFIG in self.files
-
-    def renamed(self, names: Mapping[str, str]) -> Entry:
-        """Return the entry with new names of entries; `names` maps old ones to new ones."""
-        update = {
-            "key": names.get(self.key, self.key),
-            "parents": tuple(names.get(key, key) for key in self.parents),
-            "reads": tuple(names.get(key, key) for key in self.reads),
-            "distances": {names.get(k, k): value for k, value in self.distances.items()},
-        }
-        return self.model_copy(update=update)
+    def plan(self) -> tuple[object, ...]:
+        """Return what two versions of one plan have in common."""
+        return self.stages, self.off, self.how
 
 
 class History(Document):
-    """All entries of a run, and its current state. Methods return changed copies."""
+    """The versions and entries of a run. Methods return changed copies."""
 
     base: Base
     hold: str
     seed: int = 0
     tokenizer: Sums = Field(default={})
+    general: dict[str, Any] | None = None  # how rows of the base are got; None: there are none
     links: dict[Digest, LinkFacts] = Field(default={})
-    entries: tuple[Entry, ...] = ()  # in the order in which they were built
-    unbuilt: tuple[Unbuilt, ...] = ()  # in the order in which they were declared
-    origin: Name = BASE  # copied from another run with its ancestors, or imported
-    head: Name = BASE
-    target: Name | None = None
-    past: tuple[Name, ...] = ()  # earlier heads, for `undo`: the latest is last
-    future: tuple[Name, ...] = ()  # heads for `redo`: the next is first
+    entries: tuple[Entry, ...] = ()  # in the order in which they were computed
+    stages: dict[Digest, Stage] = Field(default={})  # of all versions
+    versions: tuple[Version, ...] = (Version(),)
+    at: int = 0
+    unsent: tuple[Sha, ...] = ()  # kept rows that this copy of the run does not have
 
     @model_validator(mode="after")
     def _checked(self) -> History:
@@ -225,32 +93,22 @@ class History(Document):
         return self
 
     def need_names(self) -> None:
-        """Raise ValueError unless all named links and entries exist, parents before children."""
+        """Raise ValueError unless all named links, stages and entries exist, parents first."""
         known = {BASE}
-        for entry in (*self.entries, *self.unbuilt):
-            used = set[str]()
-            if isinstance(entry, Entry):
-                used = {*entry.tied, *entry.state.links}
-            missing = used - self.links.keys()
+        for entry in self.entries:
+            missing = {*entry.tied, *entry.state.links} - self.links.keys()
             if wrong := [*missing, *({*entry.parents} - known), *({entry.key} & known)]:
                 raise ValueError(f"{wrong[0]} must be there before {entry.key}, once")
             known.add(entry.key)
-        ahead = {self.origin, *([] if self.target is None else [self.target])} - known
-        built = {BASE, *(entry.key for entry in self.entries)}
-        if wrong := [*ahead, *({self.head, *self.past, *self.future} - built)]:
-            raise ValueError(f"{wrong[0]} must be an entry")
+        for place, version in enumerate(self.versions):
+            if wrong := [*({*version.stages} - self.stages.keys())]:
+                raise ValueError(f"{wrong[0]} must be a stage")
+            if version.before >= place or not 0 <= self.at < len(self.versions):
+                raise ValueError("a version must be made from an earlier one")
 
     def find(self, key: str) -> Entry | None:
-        """Return the built entry of a key, or None."""
+        """Return the entry of a key, or None."""
         return next((entry for entry in self.entries if entry.key == key), None)
-
-    def find_unbuilt(self, key: str) -> Unbuilt | None:
-        """Return the unbuilt entry of a key, or None."""
-        return next((entry for entry in self.unbuilt if entry.key == key), None)
-
-    def known(self, key: str) -> Entry | Unbuilt | None:
-        """Return the entry of a key, built or unbuilt, or None."""
-        return self.find(key) or self.find_unbuilt(key)
 
     @property
     def empty(self) -> State:
@@ -263,36 +121,36 @@ class History(Document):
         return self.empty if entry is None else entry.state
 
     def below(self, key: str) -> set[str]:
-        """Return the keys of an entry and of all its ancestors, built or unbuilt."""
+        """Return the keys of an entry and of all its ancestors."""
         below, due = set[str](), [key]
         while due:
             name = due.pop()
-            entry = self.known(name)
+            entry = self.find(name)
             if entry is not None and name not in below:
                 below.add(name)
                 due += entry.parents
         return below
 
     def lineage(self, key: str) -> list[Entry]:
-        """Return an entry and its ancestors that are built, in the order of `entries`."""
+        """Return an entry and its ancestors, in the order of `entries`."""
         below = self.below(key)
         return [entry for entry in self.entries if entry.key in below]
 
     def keepers(self, keys: Iterable[str]) -> dict[str, str]:
-        """Return the SHA-256 of the kept rows of entries and their ancestors, and of the start."""
+        """Return the SHA-256 of the kept rows of entries and their ancestors, and of the base.
+
+        They are in the order of the plan, by which later answers are newer.
+        """
         read = {START, *(entry.key for key in keys for entry in self.lineage(key))}
-        return {e.key: e.kept for e in self.entries if e.key in read and e.kept is not None}
+        order = {name: place for place, name in enumerate((START, *self.plan().names))}
+        known = [e for e in self.entries if e.key in read and e.kept not in (None, *self.unsent)]
+        known = sorted(known, key=lambda entry: order.get(self.name_of(entry), len(order)))
+        return {entry.key: str(entry.kept) for entry in known}
 
-    @property
-    def own(self) -> list[Entry]:
-        """Return the entries of this run alone: without the origin, its ancestors and its rows."""
-        copied = {entry.key for entry in self.lineage(self.origin)} | {START}
-        return [entry for entry in self.entries if entry.key not in copied]
-
-    @property
-    def own_stages(self) -> list[str]:
-        """Return the names of the stages that the run trained itself, in their order."""
-        return [entry.key for entry in self.own if entry.kind == "stage"]
+    def name_of(self, entry: Entry) -> str:
+        """Return the name of an entry's stage in the plan, else its key."""
+        stage = None if entry.identity is None else self.stages.get(entry.identity)
+        return entry.key if stage is None else stage.name
 
     def in_order(self, links: Iterable[str]) -> list[str]:
         """Return links in the order of their stages; the link of a combination comes first."""
@@ -312,126 +170,220 @@ class History(Document):
             named |= {f"{link_folder(key)}/{name}": d for name, d in facts.files.items()}
         for entry in self.entries:
             named |= {f"stages/{entry.key}/{name}": d for name, d in entry.files.items()}
-            named |= {} if entry.kept is None else {rows_file(entry.kept): entry.kept}
+            if entry.kept is not None and entry.kept not in self.unsent:
+                named[rows_file(entry.kept)] = entry.kept
         return named
-
-    def without_ancestors(self, keys: Iterable[str]) -> list[str]:
-        """Return the keys once each, without ancestors of another one of them."""
-        unique = [*dict.fromkeys(keys)]
-        ancestors = {below for key in unique for below in self.below(key) - {key}}
-        return [key for key in unique if key not in ancestors]
 
     def parts(self, key: str) -> list[str]:
         """Return the parts of a combination; else the key itself, nothing for the base."""
-        entry = self.known(key)
+        entry = self.find(key)
         if entry is None:
             return []
         return list(entry.parents) if entry.kind == "combine" else [key]
 
-    def recipe_of(self, key: str) -> Recipe:
-        """Return the recipe of a combination."""
-        entry = self.known(key)
-        return Recipe() if entry is None else entry.recipe
+    # --- versions ---
 
-    # --- moving the head, and adding entries ---
+    def plan(self, at: int | None = None) -> Plan:
+        """Return the plan of a version, by default of the current one."""
+        version = self.versions[self.at if at is None else at]
+        stages = tuple(self.stages[identity] for identity in version.stages)
+        return Plan(stages=stages, off=version.off, how=version.how)
 
-    def moved(self, key: str) -> History:
-        """Return the history with another head and no target; `undo` returns to the old head."""
-        if key == self.head:
-            return self.model_copy(update={"target": None})
-        past = (*self.past, self.head)
-        update = {"head": key, "past": past, "future": (), "target": None}
+    def recipes(self, at: int | None = None) -> Recipes:
+        """Return the recipes of a version."""
+        base = {"files": self.base.files, "tokenizer": self.tokenizer, "dtype": self.base.dtype}
+        general = self.general
+        if general is not None:  # the paths of its files decide no bits
+            general = {key: general.get(key) for key in ("bits", "sources")}
+        return Recipes(self.plan(at), base | {"quantize": self.base.quantize}, general)
+
+    @property
+    def head(self) -> str:
+        """Return the key of the entry that the run is now, or `BASE`."""
+        made = Made(self)
+        roots = (self.recipes(place).root for place in self.ancestors())
+        found = next(root for root in roots if made.is_made(root))
+        entry = made.entry(found)
+        return BASE if entry is None else entry.key
+
+    def ancestors(self) -> Iterator[int]:
+        """Yield the place of the current version and of those before it, the newest first."""
+        place = self.at
+        while place >= 0:
+            yield place
+            place = self.versions[place].before
+
+    def successors(self) -> list[int]:
+        """Return the places of the versions that were made from the current one, in their order."""
+        return [place for place, v in enumerate(self.versions) if v.before == self.at]
+
+    def only(self, key: str) -> History:
+        """Return the history of an entry alone: its ancestors, and one version that comes to it."""
+        entry, needed = self.find(key), {START, *self.below(key)}
+        entries = tuple(each for each in self.entries if each.key in needed)
+        wanted = [each.identity for each in entries if each.identity is not None]
+        places = (p for p in reversed(range(len(self.versions))) if p != self.at)
+        lists = (self.versions[place].stages for place in (self.at, *places))
+        order = next((each for each in lists if {*wanted} <= {*each}), tuple(wanted))
+        how = entry.how if entry is not None and entry.kind == "combine" else How()
+        stages = tuple(identity for identity in order if identity in wanted)
+        versions = (Version(), Version(stages=stages, how=how, before=0))[: 1 + bool(stages)]
+        update = {"entries": entries, "versions": versions, "at": len(versions) - 1}
+        return self.model_copy(update=update).tidied()
+
+    def plan_of(self, keys: Iterable[str], how: How) -> Plan:
+        """Return the plan of a run that is made of some entries; undone stages come back for it."""
+        plan, names = self.plan(), list[str]()
+        for entry in (entry for key in keys for entry in self.lineage(key)):
+            stage = self.stages.get(entry.identity or "")
+            if stage is not None:
+                names.append(stage.name)
+                plan = plan if plan.find(stage.name) is not None else plan.with_stage(stage)
+        return plan.combined(names, how)
+
+    @property
+    def is_blank(self) -> bool:
+        """Say whether a run has no stage, and never had one; its first command was killed."""
+        return not self.stages and all(entry.key == START for entry in self.entries)
+
+    @property
+    def copied(self) -> tuple[Name, ...]:
+        """Return the stages with which a fork began."""
+        is_fork = len(self.versions) > 1 and not self.versions[1].command
+        return self.plan(1).names if is_fork else ()
+
+    def complete(self) -> History:
+        """Return the history at the newest version that is complete, without unfinished ones."""
+        made, history = Made(self), self
+        while not made.is_made(history.recipes().root):
+            is_last = history.at == len(history.versions) - 1
+            history = history.dropped() if is_last else history.moved(history._before)
+        return history
+
+    @property
+    def _before(self) -> int:
+        return self.versions[self.at].before
+
+    def edited(self, plan: Plan, command: str) -> History:
+        """Return the history with one more version, or as it is if the plan is the current one."""
+        if plan == self.plan():
+            return self
+        stages = tuple(stage.identity for stage in plan.stages)
+        keys: Any = {"off": plan.off, "how": plan.how, "before": self.at}
+        version = Version(stages=stages, command=command, time=now(), **keys)
+        update = {
+            "stages": self.stages | {stage.identity: stage for stage in plan.stages},
+            "versions": (*self.versions, version),
+            "at": len(self.versions),
+        }
         return self.model_copy(update=update)
 
-    def declared(self, new: Iterable[Unbuilt], target: str | None) -> History:
-        """Return the history with new unbuilt entries and a new target.
+    def marked(self, marks: Iterable[Digest]) -> History:
+        """Return the history whose current version marks stages to erase."""
+        versions = list(self.versions)
+        new = versions[self.at].model_copy(update={"marks": tuple(sorted(marks))})
+        versions[self.at] = new
+        return self.model_copy(update={"versions": tuple(versions)})
 
-        New entries replace unbuilt ones with the same keys, and the descendants of these. If the
-        target is built already, it becomes the head. An unbuilt combination is dropped if a new one
-        has all its parts and more, or belongs to the same unit, unless another entry descends from
-        it.
-        """
-        new = [*new]
-        before = self.withdrawn(e.key for e in new if self.find_unbuilt(e.key) not in (None, e))
-        added = {entry.key: entry for entry in new if before.find_unbuilt(entry.key) is None}
-        unbuilt = (*before.unbuilt, *added.values())
-        combined = [entry for entry in added.values() if entry.kind == "combine"]
-        dropped = {
-            old.key
-            for old in unbuilt
-            for one in combined
-            if old.kind == "combine" and ({*old.parents} < {*one.parents} or old.unit == one.unit)
-        } - added.keys()
-        left = tuple(entry for entry in unbuilt if entry.key not in dropped)
-        if any(dropped & {*entry.parents} for entry in left):
-            left, dropped = unbuilt, set()
-        old_target = None if before.target in dropped else before.target
-        after = self.model_copy(update={"unbuilt": left, "target": target or old_target})
-        return after.moved(target) if target is not None and self.find(target) else after
+    def moved(self, at: int) -> History:
+        """Return the history at another version."""
+        return self.model_copy(update={"at": at})
 
-    def withdrawn(self, keys: Iterable[str]) -> History:
-        """Return the history without some unbuilt entries and their descendants."""
-        gone = {*keys} & {entry.key for entry in self.unbuilt}
-        gone |= {entry.key for entry in self.unbuilt if gone & self.below(entry.key)}
-        left = tuple(entry for entry in self.unbuilt if entry.key not in gone)
-        target = None if self.target in gone else self.target
-        origin = BASE if self.origin in gone else self.origin
-        return self.model_copy(update={"unbuilt": left, "target": target, "origin": origin})
+    def dropped(self) -> History:
+        """Return the history without its last version, at the one before it."""
+        *versions, last = self.versions
+        update = {"versions": tuple(versions), "at": last.before}
+        return self.model_copy(update=update).tidied()
+
+    # --- entries ---
 
     def added(self, entry: Entry, links: Mapping[str, LinkFacts]) -> History:
-        """Return the history with one more built entry. The entry ``start`` is placed first."""
-        unbuilt = tuple(other for other in self.unbuilt if other.key != entry.key)
+        """Return the history with one more entry. The entry ``start`` is placed first."""
         entries = (entry, *self.entries) if entry.key == START else (*self.entries, entry)
-        update = {"entries": entries, "links": {**self.links, **links}}
-        return self.model_copy(update=update | {"unbuilt": unbuilt})
+        return self.model_copy(update={"entries": entries, "links": {**self.links, **links}})
 
-    def built(self, entry: Entry, links: Mapping[str, LinkFacts]) -> History:
-        """Return the history with one more built entry, and move the head if it must.
+    def without_entries(self, keys: Collection[str]) -> History:
+        """Return the history without some entries, all computed from them, and their links."""
+        gone = {*keys}
+        entries = tuple(e for e in self.entries if not self.below(e.key) & gone)
+        if START in gone:  # combinations read its rows, and are not its children
+            entries = tuple(e for e in entries if not (e.kind == "combine" and e.how.general))
+        return self.model_copy(update={"entries": entries}).tidied()
 
-        The head moves to the target, and on the way to the target to a child of the head. Moves
-        inside a unit are not recorded, so that `undo` takes the whole unit back.
+    def tidied(self) -> History:
+        """Return the history without links and stages that nothing names."""
+        used = {link for e in self.entries for link in (*e.state.links, *e.tied)}
+        named = {identity for version in self.versions for identity in version.stages}
+        update = {
+            "links": {link: facts for link, facts in self.links.items() if link in used},
+            "stages": {key: stage for key, stage in self.stages.items() if key in named},
+        }
+        return self.model_copy(update=update)
+
+    def erased(self, stages: Collection[Digest]) -> History:
+        """Return the history as if some stages, by identity, had never been there.
+
+        All that stands on them goes too. Versions that become equal are one, and a command that
+        names such a stage is cut to its verb.
         """
-        after, target = self.added(entry, links), self.target
-        if entry.key == self.origin:
-            return after.model_copy(update={"head": entry.key}) if self.head == BASE else after
-        is_child = self.head in (entry.parents or (BASE,))
-        if target is None or (
-            entry.key != target and not (is_child and entry.key in self.below(target))
-        ):
-            return after
-        before = self.find(self.head)
-        moved = after.moved(entry.key)
-        update: dict[str, Any] = {"target": None if entry.key == target else target}
-        # the start has the unit of the first stage, whose lock it uses; `undo` returns to it
-        is_start = self.head == self.origin
-        if before is not None and before.unit and before.unit == entry.unit and not is_start:
-            update["past"] = self.past
-        return moved.model_copy(update=update)
+        names = {self.stages[identity].name for identity in stages}
+        versions, places = list[Version](), dict[int, int]()
+        for place, version in enumerate(self.versions):
+            plan, before = self.plan(place), places.get(version.before, -1)
+            marked = [stage.name for stage in plan.stages if stage.identity in stages]
+            new = _stored(plan.without(marked), version, before, names)
+            if before >= 0 and new.plan == versions[before].plan:
+                places[place] = before
+            else:
+                places[place] = len(versions)
+                versions.append(new)
+        left = {identity for version in versions for identity in version.stages}
+        gone = [entry.key for entry in self.entries if entry.identity not in (None, *left)]
+        update = {"versions": tuple(versions), "at": places[self.at]}
+        return self.model_copy(update=update).without_entries(gone)._with_first_names()
 
-    def name_after(self, parts: Sequence[str]) -> str:
-        """Return a free name for a combination: ``after-`` and its last part, perhaps a number."""
-        return self.free_name(f"after-{parts[-1]}"[:72])
+    def _with_first_names(self) -> History:
+        """Return the history with the names that combinations would have had without others."""
+        names, taken = dict[str, str](), {e.key for e in self.entries if e.kind != "combine"}
+        for entry in self.entries:
+            if entry.kind == "combine":
+                first = f"after-{entry.parents[-1]}"[:72]
+                numbered = (f"{first}-{number}" for number in count(2))
+                names[entry.key] = next(n for n in chain([first], numbered) if n not in taken)
+                taken.add(names[entry.key])
+        entries = tuple(entry.renamed(names) for entry in self.entries)
+        return self.model_copy(update={"entries": entries})
+
+    def due(self, recipe: Recipe, made: Made | None = None) -> Due | None:
+        """Return a recipe with what is known of its entry; None before its parents are made."""
+        made = made or Made(self)
+        digest, parents = made.key(recipe), [made.entry(parent) for parent in recipe.parents]
+        if digest is None:
+            return None
+        keys = [entry.key for entry in parents if entry is not None and entry.key != START]
+        key = START if recipe.stage is None else recipe.stage.name
+        if recipe.kind == "combine":
+            key = self.free_name(f"after-{keys[-1]}"[:72])
+        below = self.state_of(keys[0]) if keys else self.empty
+        return Due(recipe, digest, key, tuple(keys), below)
+
+    def due_stage(self, name: str) -> Due | None:
+        """Return a stage of the current plan that has no entry yet, None before it can begin."""
+        if self.plan().find(name) is None or self.find(name) is not None:
+            return None
+        return self.due(self.recipes().state(name))
 
     def free_name(self, name: str) -> str:
         """Return a name that no entry has: this one, or this one and a number."""
         names = chain([name], (f"{name}-{number}" for number in count(2)))
-        return next(free for free in names if self.known(free) is None)
-
-    def combination(self, parts: Iterable[str], recipe: Recipe) -> Entry | Unbuilt | None:
-        """Return the combination of these parts by a recipe, built or unbuilt, or None."""
-        known: list[Entry | Unbuilt] = [*self.entries, *self.unbuilt]
-        wanted = ("combine", recipe, {*parts})
-        return next((e for e in known if (e.kind, e.recipe, {*e.parents}) == wanted), None)
+        return next(free for free in names if self.find(free) is None)
 
 
-# --- places ---
-
-
-def link_folder(digest: str) -> str:
-    """Return the folder of a link in a run."""
-    return f"links/{digest}"
-
-
-def rows_file(digest: str) -> str:
-    """Return the file of kept rows in a run, by their SHA-256."""
-    return f"rows/{digest[:16]}.safetensors"
+def _stored(plan: Plan, version: Version, before: int, erased: Collection[str]) -> Version:
+    """Return a version with another plan; its command is cut if it has an erased name."""
+    command = version.command
+    if any(name in command for name in erased):
+        command = command.partition(" ")[0]
+    stages = tuple(stage.identity for stage in plan.stages)
+    update = {"stages": stages, "off": plan.off, "how": plan.how, "before": before}
+    return version.model_copy(update=update | {"command": command, "marks": ()})

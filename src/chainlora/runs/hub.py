@@ -24,8 +24,9 @@ from chainlora.runs.beginning import copy_files
 from chainlora.runs.cards import Naming, is_hub_id, public_name
 from chainlora.runs.changes import whole_run
 from chainlora.runs.documents import write_part
+from chainlora.runs.entries import CONFIG
 from chainlora.runs.export import empty_folder, filled_folder
-from chainlora.runs.history import CONFIG, History
+from chainlora.runs.history import History
 from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.lineage import without_places
 from chainlora.runs.locks import LOCK, writing
@@ -161,16 +162,25 @@ def _joined(source: History, before: History, rows: bool) -> History:
     if not source.entries:
         rule, remedy = "a run needs a built entry to be sent", "chainlora train RUN builds them"
         raise RunError(rule, "none", remedy)
-    for key in [entry.key for entry in (*before.entries, *before.unbuilt)]:
+    if source.versions[source.at].marks:
+        rule, remedy = "a run is sent after its prune has ended", "chainlora train RUN ends it"
+        raise RunError(rule, "marks of stages to delete", remedy)
+    source = source.complete()
+    for key in [entry.key for entry in before.entries]:
         sent, existing = source.find(key), before.find(key)
         if sent is None or existing is None or sent.state != existing.state:
             rule, remedy = "the target must be earlier than the source", "choose a new target"
             got = f"another {key}" if sent is not None else f"{key}, which the source lacks"
             raise RunError(rule, got, remedy)
-    kept = {entry.key: entry.kept for entry in before.entries}
-    entries = tuple(
-        entry.model_copy(update={"kept": (rows and entry.kept) or kept.get(entry.key)})
-        for entry in source.entries
-    )
-    # unbuilt entries are not sent: a received run must not make a command run plug-ins
-    return source.model_copy(update={"entries": entries, "unbuilt": (), "target": None})
+    count = len(before.versions)
+    if before.entries and source.versions[:count] != before.versions:
+        rule, remedy = "the target must be earlier than the source", "choose a new target"
+        raise RunError(rule, "other versions", remedy)
+    held = {entry.kept for entry in before.entries} - {*before.unsent}
+    kept = {entry.kept for entry in source.entries if entry.kept is not None}
+    unsent = {*source.unsent} if rows else kept - held
+    stages = {  # paths are not sent
+        key: stage.model_copy(update={"config": without_places(stage.config)})
+        for key, stage in source.stages.items()
+    }
+    return source.model_copy(update={"unsent": tuple(sorted(unsent)), "stages": stages})

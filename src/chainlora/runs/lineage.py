@@ -15,11 +15,11 @@ from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
 from chainlora import files
-from chainlora.runs.beginning import closure
 from chainlora.runs.cards import Naming, public_name
 from chainlora.runs.costs import versions
 from chainlora.runs.documents import Document, Name, Part, Sums, checksum, read_part, write_part
-from chainlora.runs.history import BASE, START, History, State
+from chainlora.runs.entries import BASE, START, State
+from chainlora.runs.history import History
 from chainlora.runs.state import OpenState
 
 LINEAGE = "lineage.json"
@@ -55,6 +55,7 @@ class Lineage(Document):
     versions: dict[str, str] = Field(default={})
     revision: str | None = None  # of a base from the Hub
     state: State  # the exported one
+    head: Name = BASE  # its entry
     history: History  # its entry and all ancestors
     stages: dict[Name, StageFacts] = Field(default={})
     files: Sums = Field(default={})  # of the export, without this file
@@ -112,7 +113,7 @@ def lineage_of(
     `base` is the folder of the base, None if it is not on this machine. `to` and `exported` are the
     target and the arguments of the export.
     """
-    history, links = closure(state), tuple(state.summed(exported["num_links"]))
+    history, links = state.history.only(state.key), tuple(state.summed(exported["num_links"]))
     configured = [e.key for e in history.entries if e.has_config and state.draft is None]
     stages = {
         key: {
@@ -122,7 +123,9 @@ def lineage_of(
         for key in configured
     }
     # Leave out times, since a rebuild has others, and kept rows, since a copy may not have them.
-    facts = history.model_dump(mode="json", exclude={"entries": {"__all__": {"kept", "ended"}}})
+    left_out: Any = {"entries": {"__all__": {"kept", "ended"}}, "unsent": True}
+    left_out |= {"stages": {"__all__": {"config"}}, "general": {"start_data"}}  # they name places
+    facts = history.model_dump(mode="json", exclude=left_out)
     facts["base"]["model"] = public_name(state.base.model)
     for entry in facts["entries"]:
         entry["files"] = {name: sha for name, sha in entry["files"].items() if "/" in name}
@@ -133,6 +136,7 @@ def lineage_of(
         "versions": versions(),
         "revision": base.name if base is not None and base.parent.name == "snapshots" else None,
         "state": State(base=state.state.base, links=links).model_dump(mode="json"),
+        "head": state.key,
         **without_places({"history": facts, "stages": stages}),
     }
     return Lineage.model_validate_json(json.dumps(tree))

@@ -11,7 +11,7 @@ from chainlora.chain.link import Link
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import RunError
 from chainlora.runs.documents import DAMAGED
-from chainlora.runs.history import Base, LinkFacts, link_folder
+from chainlora.runs.entries import Base, LinkFacts, link_folder
 
 
 def write_adapter_of(folder: Path, link: Link, base: Base) -> None:

@@ -32,7 +32,6 @@ from chainlora.models.identity import (
 )
 from chainlora.runs.addresses import begun_stage, nothing_at, open_run
 from chainlora.runs.cards import is_hub_id
-from chainlora.runs.draft import drafts_in
 from chainlora.runs.history_file import read_history
 from chainlora.runs.opening import check_base
 from chainlora.runs.paths import HISTORY, exists_in, is_run, refuse_older
@@ -254,6 +253,6 @@ def first_stage(run: Path) -> OpenState | None:
     if not exists_in(run):
         return None
     history = read_history(run)
-    names = [*history.own_stages, *drafts_in(run, history)]
-    names += [entry.key for entry in history.own if entry.has_config]
-    return begun_stage(run, names[0], history) if names else None
+    stages = sorted(history.plan().stages, key=lambda stage: stage.kind == "import")
+    begun = (begun_stage(run, stage.name, history) for stage in stages)
+    return next((state for state in begun if state is not None), None)

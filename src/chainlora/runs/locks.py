@@ -19,7 +19,7 @@ from chainlora import files
 from chainlora.errors import FileError, RunError
 from chainlora.runs.documents import now
 from chainlora.runs.draft import GROWING, PASSING
-from chainlora.runs.history import CONFIG, CONTENT, RECORDS, RESULT
+from chainlora.runs.entries import CONFIG, CONTENT, RECORDS, RESULT
 from chainlora.runs.paths import exists_in, stage_folder
 
 LOCK, HOLDER = ".lock", ".lock.json"
@@ -113,7 +113,7 @@ class Scratch:
 
     def undo(self) -> None:
         """Remove the files of a stage that this process has begun, and its folder."""
-        for name in (*PASSING, RECORDS, CONFIG):
+        for name in (*PASSING, RECORDS, RESULT, CONFIG):
             files.remove(self.folder / name)
         with suppress(OSError):  # it holds something else
             self.folder.rmdir()

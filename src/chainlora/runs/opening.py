@@ -18,7 +18,7 @@ from chainlora.models.identity import changed_files
 from chainlora.models.loading import load_tokenizer
 from chainlora.models.quantizing import is_quantized_model
 from chainlora.runs.addresses import Address, open_run
-from chainlora.runs.history import CAUSAL, Base
+from chainlora.runs.entries import CAUSAL, Base
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.state import OpenState
 

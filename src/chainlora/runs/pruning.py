@@ -1,42 +1,30 @@
-"""Delete a stage or a combination of a run for good; combine the other stages again.
+"""Delete a stage or a combination of a run for good.
 
-It is one replacement of ``history.json``; then files that the history does not name are deleted:
-scores of the matrix, links, rows and pictures.
+`without_stage` edits the plan: the stage goes, with all that stands on it, and is marked. When what
+is left has been computed, `purge` deletes every file that the history without the marks does not
+name, and then replaces the history. So a kill leaves the run as it was, or with the marks, and the
+next command deletes the rest.
 """
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from functools import reduce
-from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from chainlora import files
 from chainlora.errors import FileError, RunError
-from chainlora.runs.addresses import state_at
 from chainlora.runs.changes import MATRIX, whole_run
 from chainlora.runs.draft import drafts_in, ended_leftovers
-from chainlora.runs.history import (
-    BASE,
-    CONTENT,
-    START,
-    Entry,
-    History,
-    Recipe,
-    Unbuilt,
-)
+from chainlora.runs.entries import CONTENT, START
+from chainlora.runs.history import History
 from chainlora.runs.history_file import read_history, update_history
+from chainlora.runs.keys import Made
 from chainlora.runs.paths import HISTORY
 
 _SHOWN = ("chain.png", "report.html")  # pictures of a whole run
-Solve = Callable[[Path, History, Unbuilt], Callable[[History], History]]
-"""Solves a combination of a history, and returns a function that builds its entry."""
-
-_WITH_LINKS = ("stage", "import")  # kinds of entries that links or rows were saved for
 
 
 @dataclass(frozen=True)
@@ -45,12 +33,12 @@ class Pruning:
 
     stage: str
     gone: list[Path]  # files and folders to delete
-    with_it: list[str]  # entries to delete, since they used its rows: combinations, …
-    later: list[str]  # stages on top of it, which continue without its links
+    with_it: list[str]  # entries to delete, since they were computed from it: combinations, …
+    later: list[str]  # stages on top of it, which are deleted too
     before: str  # the entry that the stage began on
-    left: list[str]  # parts to combine again
-    again: list[Unbuilt]  # the combination of these parts
-    now: str | None  # the new head, if it changes
+    left: list[str]  # the stages that the run is made of then
+    again: bool  # whether these must be combined again
+    now: str | None  # the new head, if it is known and changes
 
 
 def plan_pruning(run: str | Path, name: str) -> Pruning:
@@ -60,78 +48,79 @@ def plan_pruning(run: str | Path, name: str) -> Pruning:
     or a stage stands on, and while a stage is in training.
     """
     run = whole_run(run)
-    return _planned(run, read_history(run), name)[0]
+    return pruning_of(run, read_history(run), name)
 
 
-def _planned(run: Path, history: History, name: str) -> tuple[Pruning, History]:
-    """Return what deleting a stage deletes, and the history without it."""
-    _need_idle(run, history, name)
-    _need_prunable(run, history, name)
-    entry, declared = history.find(name), history.find_unbuilt(name)
-    after, with_it = _without(history, name)
-    remaining = [e.key for e in after.entries if e.has_config]
-    remaining += [e.key for e in after.unbuilt if declared is not None and e.has_config]
-    begun = declared if entry is None else entry if entry.has_config else None
-    if begun is not None and begun.kind in _WITH_LINKS and not remaining:
-        raise RunError("a run must keep a stage", f"{name!r}, its only one", f"delete {run}")
-    on_top = [key for key in remaining if name in {below.key for below in history.lineage(key)}]
-    before = BASE if entry is None else entry.parent
-    top = _top(history, after)
-    parts: list[str] = []
-    if declared is None or declared.kind != "combine":  # which must not be declared again
-        after, parts = _with_combination(history, after, top)
-    new_head = None if after.head == history.head else after.head
-    again = [entry for entry in after.unbuilt if entry not in history.unbuilt]
-    if again:
-        _need_rows(run, history, name, parts)
-    gone = _gone(run, after, name)
-    done = (name, gone, with_it, on_top, before, parts, again, new_head)
-    return Pruning(*done), after
+def pruning_of(run: Path, history: History, name: str) -> Pruning:
+    """Return what deleting an entry deletes; see `plan_pruning`."""
+    edited = without_stage(run, history, name)
+    version = edited.versions[edited.at]
+    after = edited.erased(version.marks) if version.marks else edited
+    entry, deleted = history.find(name), {e.key for e in history.entries}
+    deleted -= {e.key for e in after.entries}
+    later = [s for s in history.plan().standing_on([name]) if s != name] if version.marks else []
+    made, root = Made(after), after.recipes().root
+    left = after.plan().parts(after.plan().active)
+    new_head = after.head if made.is_made(root) and after.head != history.head else None
+    return Pruning(
+        stage=name,
+        gone=_gone(run, after, name),
+        with_it=sorted(deleted - {name, *later}),
+        later=later,
+        before="base" if entry is None else entry.parent,
+        left=left,
+        again=not made.is_made(root),
+        now=new_head,
+    )
 
 
-def _need_prunable(run: Path, history: History, name: str) -> None:
-    """Raise RunError unless a name is that of an entry to prune, or of leftovers of one."""
-    entry = history.find(name)
+def without_stage(run: Path, history: History, name: str) -> History:
+    """Return the history without a stage, which is marked; or without a combination."""
+    if begun := [folder for key, folder in drafts_in(run, history).items() if key != name]:
+        rule = f"Cannot prune: stage {begun[0].name} is unfinished"
+        raise RunError(rule, begun[0], f"finish it, or prune {begun[0].name} first")
+    entry, plan = history.find(name), history.plan()
     if entry is not None and entry.kind == "combine":
         _need_unused(run, history, name)
-        return
+        return history.without_entries([name])
+    known = {identity: stage for identity, stage in history.stages.items() if stage.name == name}
     leftovers = {path.name.partition(".")[0] for path in (run / "stages").glob("*")}  # of a kill
-    leftovers |= {unbuilt.key for unbuilt in history.unbuilt}
-    if name.startswith("after-") and {p.name for p in (run / "links").glob("*")} - {*history.links}:
-        leftovers.add(name)  # a combination has no folder of its own
-    is_leftover = entry is None and name in leftovers
-    if not is_leftover and (entry is None or entry.kind not in _WITH_LINKS):
-        names = ", ".join(e.key for e in history.entries)
+    if not known:
+        if name in leftovers - {e.key for e in history.entries}:
+            return history
+        names = ", ".join(e.key for e in history.entries if e.key != START)
         rule = f"an entry to prune must be one of {names}"
         raise RunError(rule, f"{name!r} for {run}", "name one")
+    others = {s.name for s in history.stages.values()} - {name, *plan.standing_on([name])}
+    if not others:
+        raise RunError("a run must keep a stage", f"{name!r}, its only one", f"delete {run}")
+    gone = plan.standing_on([name])
+    marks = {s.identity for s in plan.stages if s.name in gone} | known.keys()
+    after = history.edited(plan.without([name]), f"prune {name}").marked(marks)
+    _need_rows(run, after, name)
+    return after
 
 
 def _need_unused(run: Path, history: History, name: str) -> None:
-    """Raise RunError if the current state, its target or a stage stands on a combination."""
-    entries = [*history.entries, *history.unbuilt]
-    stages = [entry.key for entry in entries if entry.has_config]
-    needed = [history.head, history.target or BASE, history.origin, *stages]
+    """Raise RunError if the current state or a stage stands on a combination."""
+    needed = [history.head, *(e.key for e in history.entries if e.has_config)]
     if above := [key for key in needed if name in history.below(key)]:
         got, place = above[0], shlex.quote(str(run))
         remedy = f"keep it, or prune that one first: chainlora prune {place} {got} --yes"
-        if got in (history.head, history.target):
-            got += ", the current state" if got == history.head else ", which is to be built"
+        if got == history.head:
+            got += ", the current state"
             remedy = f"keep it, or leave that state first: chainlora undo {place}"
-        elif got == history.origin:
-            got, remedy = f"{got}, on which the run began", "keep it"
         raise RunError(f"Cannot prune {name}: an entry is computed from it", got, remedy)
 
 
-def _top(history: History, after: History) -> str:
-    """Return the head, or what was to become the head if that was deleted before it was built."""
-    is_withdrawn = history.target is not None and after.target is None
-    return history.target if is_withdrawn and history.target is not None else history.head
-
-
-def _need_rows(run: Path, history: History, name: str, parts: Sequence[str]) -> None:
-    """Raise RunError if what is left cannot be combined again, since parts have no kept rows."""
-    stages = [key for key in parts if key != START and history.find(key) is not None]
-    if without := [key for key in stages if not history.keepers([key]).keys() - {START}]:
+def _need_rows(run: Path, history: History, name: str) -> None:
+    """Raise RunError if what is left cannot be combined again, since stages have no kept rows."""
+    made, root = Made(history), history.recipes().root
+    due = [recipe for recipe in made.unmade(root) if recipe.kind == "combine"]
+    stages = [stage for recipe in due for stage in recipe.lineage]
+    entries = [made.entry(stage) for stage in stages]
+    without = [e.key for e in entries if e is not None and e.kept in (None, *history.unsent)]
+    if without:
         place = shlex.quote(str(run))
         raise RunError(
             "Cannot prune: the combination of what is left reads kept rows (got none of "
@@ -141,80 +130,16 @@ def _need_rows(run: Path, history: History, name: str, parts: Sequence[str]) -> 
         )
 
 
-def _with_combination(history: History, after: History, top: str) -> tuple[History, list[str]]:
-    """Declare a combination of the surviving parts of `top`; return the history and these parts.
+def purge(run: Path, name: str = "") -> History:
+    """Delete what the current version marks, with all that was computed from it.
 
-    No parts are returned if the new head consists of them already. `after` is the pruned history.
-    """
-    parts = history.without_ancestors(
-        survivor
-        for part in history.parts(top)
-        for survivor in _surviving_parts(part, history, after)
-    )
-    if {*parts} == {*after.parts(after.head)}:
-        return after, []
-    if len(parts) > 1:
-        recipe, key = _recipe_below(history, top).of_parts(parts), after.name_after(parts)
-        known = after.combination(parts, recipe)
-        if known is None:
-            known = Unbuilt(key=key, kind="combine", parents=tuple(parts), unit=key, recipe=recipe)
-            after = after.declared([known], None)
-        after = after.declared([], known.key)
-    elif top != history.head != after.head and after.find(parts[0]) is not None:
-        after = after.model_copy(update={"head": parts[0]})
-    return after, parts
-
-
-def _recipe_below(history: History, key: str) -> Recipe:
-    """Return the recipe of a combination, or of the nearest one that an entry stands on."""
-    entry = history.known(key)
-    while entry is not None and entry.kind != "combine":
-        entry = history.known(entry.parent)
-    return Recipe() if entry is None else entry.recipe
-
-
-def _surviving_parts(key: str, history: History, after: History) -> list[str]:
-    """Return a part, or if it was pruned, its nearest surviving ancestors."""
-    entry = history.known(key)
-    if entry is None or after.known(key) is not None:
-        return [key]
-    below = (part for parent in entry.parents for part in history.parts(parent))
-    return [survivor for part in below for survivor in _surviving_parts(part, history, after)]
-
-
-def prune_stage(run: str | Path, name: str, solve: Solve) -> Pruning:
-    """Delete a stage for good: links, rows, config, records, result, scores. Return what went.
-
-    What is left is checked and combined first. Then the history is replaced, and last, files that
-    it does not name are deleted. So an error or a kill leaves the run as it was, or without the
-    stage; the same call again deletes the rest.
-
-    Raises what `plan_pruning` and `solve` raise, RunError if what is left is damaged, and FileError
+    The files go first, the folder of `name` last: while it exists, a kill is seen. Raises FileError
     for a file that cannot be deleted.
     """
-    run = whole_run(run)
-    before = read_history(run)
-    plan, after = _planned(run, before, name)
-    left = [key for key in plan.left or [after.head] if after.find(key) is not None]
-    for key in left:
-        state_at(run, after, key).verify()
-    due = [e for e in plan.again if e.kind == "combine" and {*e.parents} <= {*left}]
-    builds = [solve(run, after, entry) for entry in due]
-
-    update_history(
-        run,
-        lambda history: reduce(lambda left, build: build(left), builds, after),
-        lambda: _delete_unnamed(run, name),
-    )
-    return plan
-
-
-def _delete_unnamed(run: Path, name: str) -> None:
-    """Delete the scores and files that belong to no entry of the history."""
     history = read_history(run)
-    _keep_scores(run, history)
-    gone = _gone(run, history, name)
-    for path in gone:
+    after = history.erased(history.versions[history.at].marks)
+    _keep_scores(run, after)
+    for path in _gone(run, after, name):
         files.remove(path)
         if path.exists():
             remedy = "check its permissions and the free space, and repeat the command"
@@ -222,115 +147,11 @@ def _delete_unnamed(run: Path, name: str) -> None:
         with files.reported(path.parent, "deleted"):  # at once: the folder of the stage is last
             files.remove_scratch(path.parent)
             files.sync_folder(path.parent)
-
-
-def _need_idle(run: Path, history: History, name: str) -> None:
-    """Raise RunError if another stage is unfinished."""
-    if begun := [folder for key, folder in drafts_in(run, history).items() if key != name]:
-        rule = f"Cannot prune: stage {begun[0].name} is unfinished"
-        raise RunError(rule, begun[0], f"finish it, or prune {begun[0].name} first")
-
-
-def _without(history: History, name: str) -> tuple[History, list[str]]:
-    """Return a history without a stage, and the keys of the entries that were deleted with it."""
-    if history.find(name) is None:
-        after = history.withdrawn([name])
-        left = {name, *(entry.key for entry in after.unbuilt)}
-        return after, [entry.key for entry in history.unbuilt if entry.key not in left]
-    deleted = _deleted_with(history, name)
-    cut = _Cut(history, name, deleted)
-    entries = tuple(cut.without_links(e) for e in history.entries if e.key not in deleted)
-    used = {d for e in entries for d in (*e.tied, *e.state.links)}
-    *past, head = cut.heads([*history.past, history.head])
-    update = {
-        "entries": entries,
-        "links": {d: facts for d, facts in history.links.items() if d in used},
-        "head": head,
-        "origin": cut.survivors([history.origin])[0],
-        "past": tuple(past),
-        "future": tuple(cut.heads([head, *history.future])[1:]),
-    }
-    unbuilt = [e.key for e in history.unbuilt if deleted.keys() & history.below(e.key)]
-    after = history.withdrawn(unbuilt).model_copy(update=update)
-    return after, [*(key for key in deleted if key != name), *unbuilt]
-
-
-def _deleted_with(history: History, name: str) -> dict[str, tuple[str, ...]]:
-    """Return a stage and all entries that must go with it, each with its parents.
-
-    A combination cannot be shortened: its link was solved from rows and links of all its parts.
-    Every entry on a deleted combination goes too.
-    """
-    deleted, combined = dict[str, tuple[str, ...]](), set[str]()
-    for entry in history.entries:
-        has_read = name in entry.reads and entry.kind != "stage"
-        is_above = name in {below.key for below in history.lineage(entry.key)}
-        is_combination = entry.kind == "combine" and (has_read or is_above)
-        if {*entry.parents} & combined or is_combination:
-            combined.add(entry.key)
-        if entry.key == name or has_read or entry.key in combined:
-            deleted[entry.key] = entry.parents
-    return deleted
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """A history, and the entries to delete from it, each with its parents."""
-
-    history: History
-    stage: str
-    deleted: Mapping[str, tuple[str, ...]]
-
-    def survivors(self, keys: Iterable[str]) -> tuple[str, ...]:
-        """Return entries; deleted ones are replaced by their nearest surviving ancestors."""
-        kept: list[str] = []
-        for key in keys:
-            is_deleted = key in self.deleted
-            kept += self.survivors(self.deleted[key] or (BASE,)) if is_deleted else [key]
-        return tuple(dict.fromkeys(kept))
-
-    def without_links(self, entry: Entry) -> Entry:
-        """Return a surviving entry without deleted parents and links."""
-        links = self.history.links
-        left = tuple(link for link in entry.state.links if links[link].stage not in self.deleted)
-        is_shorter = len(left) < len(entry.state.links)
-        update: dict[str, Any] = {
-            "parents": tuple(key for key in self.survivors(entry.parents) if key != BASE),
-            "reads": tuple(key for key in entry.reads if key != self.stage),
-            "state": entry.state.model_copy(update={"links": left}),
-            "pruned": entry.pruned or is_shorter,
-            "unit": entry.key if entry.unit in self.deleted else entry.unit,
-        }
-        return entry.model_copy(update=update)
-
-    def heads(self, keys: Iterable[str]) -> list[str]:
-        """Return heads in their order, with surviving entries, without repetitions.
-
-        States that went with a pruned combination are left out: nothing else is equal to them.
-        """
-        entry = self.history.find(self.stage)
-        if entry is not None and entry.kind == "combine":
-            keys = (key for key in keys if key not in self.deleted)
-        return [key for key, _ in groupby(map(self._head, keys))]
-
-    def _head(self, key: str) -> str:
-        """Return an entry; for a deleted one, what it was without the pruned stage, if it exists.
-
-        That is the combination of the same parts by the same recipe, else the first of them.
-        """
-        entry = self.history.find(key)
-        if entry is None or key not in self.deleted:
-            return key
-        kept = [e for e in self.history.entries if e.key not in self.deleted]
-        survivors = (survivor for survivor in self.survivors([key]) if survivor != BASE)
-        left = self.history.without_ancestors(survivors) or [BASE]
-        wanted = ("combine", _recipe_below(self.history, key).of_parts(left), {*left})
-        same = (e.key for e in kept if (e.kind, e.recipe, {*e.parents}) == wanted)
-        return next(same, left[0])
+    return update_history(run, lambda history: after)
 
 
 def _gone(run: Path, history: History, name: str) -> list[Path]:
-    """Return what to delete, in order: while the folder of the stage exists, a kill is seen."""
+    """Return what to delete, in order."""
     return sorted(_unnamed(run, history), key=lambda path: (path == run / "stages" / name, path))
 
 

@@ -4,30 +4,32 @@ A *plan* says which data sets a run has, in which order, what each is trained on
 put together. It names no result. `root` gives the tree of *recipes* of what the run is:
 
     base       the model of the run
-    general    rows of the origin: given ones, or texts that it writes
-    train      a stage, on the base or on what other stages were when it was added
-    add        an adapter that was trained elsewhere
-    combine    several parts, layer by layer, and the origin by its general rows
+    start      its general rows: given ones, or texts that it writes
+    stage      links that are trained on the base, or on what other stages were when it was added
+    import     an adapter that was trained elsewhere
+    combine    several parts, layer by layer, and the base by its general rows
 
-Commands edit the plan; `runs.reconcile` computes what is missing. A recipe is known by its key
-(`runs.products`), which holds the contents of its parents. So equal keys mean equal bits.
+Commands edit the plan; `training.reconcile` computes what is missing. A recipe is known by its
+key (`runs.history.Made`), which holds the contents of its parents. So equal keys mean equal bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from chainlora.config.schema import ChainConfig, DataConfig, TrainConfig
+from chainlora.config.section import Section
 from chainlora.runs.documents import Count, Digest, Name, Part, short_digest
 
-START = "start"  # the name of the origin among the parts of a combination
+START = "start"  # the entry of rows of the base, a part of combinations
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-NUMERICS: Mapping[str, int] = {"general": 1, "train": 1, "add": 1, "combine": 1}
+NUMERICS = {"start": 1, "stage": 1, "import": 1, "combine": 1}
 """A part of each key: raised when the same recipe comes to other bits."""
 
 
@@ -49,39 +51,84 @@ class How(Part):
 
 
 class Stage(Part):
-    """A data set of a run: how its link is trained, or which adapter was added for it.
+    """A data set of a run: how its links are trained, or which adapter was added for it.
 
     `names` are the stages that it was trained on; `how` says how they were put together when it was
-    added. Without `names` it stands on the origin, beside the others. `keys` are the keys of its
-    config that decide bits; those in `places` do not. Links are drawn by the name `draws`: by
-    default the name of the stage, which can change when runs are joined.
+    added. Without `names` it stands on the base, beside the others. `sources` are digests of all
+    files that it reads. Links are drawn by the name `draws`: by default the name of the stage,
+    which can change when runs are joined.
     """
 
     name: Name
-    kind: Literal["train", "add"] = "train"
+    kind: Literal["stage", "import"] = "stage"
     names: tuple[Name, ...] = ()
     how: How = How()
     draws: Name | None = None
-    keys: dict[str, Any] = Field(default={})
-    sources: dict[str, list[str]] = Field(default={})  # SHA-256 of its files, by config key
+    config: dict[str, Any] = Field(default={})
+    sources: dict[str, list[str]] = Field(default={})  # by config key
     plugins: dict[str, str] = Field(default={})  # SHA-256 of each
-    places: dict[str, Any] = Field(default={})  # never sent to others
-
-    @property
-    def identity(self) -> Digest:
-        """Return a digest of all but the places."""
-        return short_digest(self.model_dump(mode="json", exclude={"places"}, exclude_defaults=True))
 
     @property
     def own(self) -> dict[str, Any]:
         """Return what decides bits, beside what lies below the stage."""
-        own = {"draws": self.draws or self.name, "keys": self.keys, "sources": self.sources}
-        return own | {"plugins": sorted(self.plugins.values())}
+        return {
+            "draws": self.draws or self.name,
+            "config": bits_of(self.config),
+            "sources": self.sources,
+            "plugins": sorted(self.plugins.values()),
+        }
+
+    @property
+    def identity(self) -> Digest:
+        """Return a digest of all but the places in its config."""
+        below = {"names": self.names, "how": self.how.model_dump(mode="json")}
+        return short_digest([self.name, self.kind, below, self.own])
+
+    def renamed(self, names: Mapping[str, str]) -> Stage:
+        """Return the stage with new names of stages; `names` maps old ones to new ones."""
+        importance = {names.get(name, name): x for name, x in self.how.importance.items()}
+        update = {
+            "name": names.get(self.name, self.name),
+            "names": tuple(names.get(name, name) for name in self.names),
+            "how": self.how.model_copy(update={"importance": importance}),
+            "draws": self.draws or self.name,
+        }
+        return self.model_copy(update=update)
 
     @property
     def reads_general(self) -> bool:
         """Say whether general rows are read again while it is trained."""
-        return self.keys.get("data.replay") is not None
+        return bits_of(self.config).get("data.replay") is not None
+
+
+_SECTIONS: Mapping[str, type[Section]] = {
+    "data": DataConfig,
+    "chain": ChainConfig,
+    "train": TrainConfig,
+}
+_NO_BITS = {"train.trackers", "train.save_every", "train.log_every", "train.shard"}
+_FILES = ("data.task", "data.validation", "data.test")  # their contents are in `Stage.sources`
+
+
+def bits_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a stored config that decide bits, but those at their defaults.
+
+    Left out are places: files are known by the digests of their contents. So a key that is added
+    later changes no digest.
+    """
+    bits: dict[str, Any] = {}
+    for part, section in _SECTIONS.items():
+        default = section.model_construct().model_dump(mode="json")
+        for key, value in (config.get(part) or {}).items():
+            if f"{part}.{key}" not in _NO_BITS and value != default.get(key):
+                bits[f"{part}.{key}"] = value
+    for key in _FILES:
+        if isinstance(bits.get(key), str):
+            bits[key] = "a file"
+    files = bits.pop("data.train", None)
+    if isinstance(files, list):
+        bits["data.train"] = [file.get("weight", 1.0) for file in files]
+    return bits
 
 
 class Plan(Part):
@@ -90,8 +137,6 @@ class Plan(Part):
     stages: tuple[Stage, ...] = ()
     off: tuple[Name, ...] = ()
     how: How = How()
-    general: dict[str, Any] | None = None  # how rows of the origin are got; None: there are none
-    origin: Stage | None = None  # an adapter without rows, on which all stages stand
 
     def find(self, name: str) -> Stage | None:
         """Return the stage of a name, or None."""
@@ -152,12 +197,13 @@ class Plan(Part):
 class Recipe:
     """What is computed by one kind of work from its parents."""
 
-    kind: Literal["base", "general", "train", "add", "combine"]
+    kind: Literal["base", "start", "stage", "import", "combine"]
     own: Mapping[str, Any]  # JSON that decides bits, beside the parents
     parents: tuple[Recipe, ...] = ()
-    stage: Stage | None = None  # of `train` and `add`
+    stage: Stage | None = None
     place: int = -1  # of the stage in the list: the last of them has the newest answers
-    weights: tuple[float | None, ...] = ()  # of the parents of `combine`; None: the default
+    how: How | None = None  # of a combination
+    weights: tuple[float | None, ...] = ()  # of its parents; None: the default
 
     @cached_property
     def lineage(self) -> list[Recipe]:
@@ -166,36 +212,22 @@ class Recipe:
         own = [self] if self.stage is not None else []
         return sorted([*found, *own], key=lambda recipe: recipe.place)
 
-    def __iter__(self) -> Iterator[Recipe]:
-        """Yield the recipes of the tree, parents first."""
-        seen = set[Recipe]()
-        for parent in self.parents:
-            for recipe in parent:
-                if recipe not in seen:
-                    seen.add(recipe)
-                    yield recipe
-        yield self
+    @property
+    def reads_rows(self) -> bool:
+        """Say whether rows of the base are one of its parents."""
+        return any(parent.kind == "start" for parent in self.parents)
 
 
 class Recipes:
-    """The recipes of a plan."""
+    """The recipes of a plan. `base` decides the bits of the base, `general` those of its rows."""
 
-    def __init__(self, plan: Plan, base: Mapping[str, Any]) -> None:
+    def __init__(
+        self, plan: Plan, base: Mapping[str, Any], general: Mapping[str, Any] | None
+    ) -> None:
         self.plan, self.base = plan, Recipe("base", base)
+        self.start = None if general is None else Recipe("start", general, (self.base,))
         self._stages: dict[str, Recipe] = {}
         self._wholes: dict[str, Recipe] = {}
-
-    @cached_property
-    def origin(self) -> Recipe:
-        """The base, or an adapter without rows on it."""
-        stage = self.plan.origin
-        return self.base if stage is None else Recipe("add", stage.own, (self.base,), stage)
-
-    @cached_property
-    def general(self) -> Recipe | None:
-        """The rows of the origin, None if the run keeps none."""
-        own = self.plan.general
-        return None if own is None else Recipe("general", own, (self.origin,))
 
     @cached_property
     def root(self) -> Recipe:
@@ -205,14 +237,15 @@ class Recipes:
     @property
     def wanted(self) -> list[Recipe]:
         """Return the recipes without which a run is not complete, in the order of the work."""
-        return [*([] if self.general is None else [self.general]), self.root]
+        start = [self.start] if self.start is not None and self.plan.stages else []
+        return [*start, self.root]
 
     def whole(self, names: Iterable[str], how: How) -> Recipe:
         """Return what a run is that is made of these stages."""
         parts = self.plan.parts({*names})
         if not parts:
-            return self.origin
-        if len(parts) == 1 and not how.always:
+            return self.base
+        if len(parts) == 1 and not (how.always and how.general and self.start is not None):
             return self.state(parts[0])
         known = short_digest([parts, how.model_dump(mode="json")])
         if known not in self._wholes:
@@ -224,16 +257,15 @@ class Recipes:
         if name not in self._stages:
             stage = self.plan.find(name)
             assert stage is not None
-            below = self.whole(stage.names, stage.how) if stage.names else self.origin
-            read = [self.general] if stage.reads_general and self.general is not None else []
+            read = [self.start] if stage.reads_general and self.start is not None else []
+            parents = (self.whole(stage.names, stage.how), *read)
             place = self.plan.names.index(name)
-            recipe = Recipe(stage.kind, stage.own, (below, *read), stage, place)
-            self._stages[name] = recipe
+            self._stages[name] = Recipe(stage.kind, stage.own, parents, stage, place)
         return self._stages[name]
 
     def _combination(self, parts: Sequence[str], how: How) -> Recipe:
-        general = [self.general] if how.general and self.general is not None else []
+        start = [self.start] if how.general and self.start is not None else []
         own = how.model_dump(mode="json", include={"rank", "keep_conflicts", "steps"})
-        weights = [how.importance.get(name) for name in (*parts, *[START] * len(general))]
-        parents = (*map(self.state, parts), *general)
-        return Recipe("combine", own, parents, weights=tuple(weights))
+        weights = tuple(how.importance.get(name) for name in (*parts, *[START] * len(start)))
+        parents = (*map(self.state, parts), *start)
+        return Recipe("combine", own, parents, how=how, weights=weights)

@@ -1,36 +1,34 @@
-"""Check that an output folder can be used, and that a begun stage equals its config."""
+"""Check that an output folder can be used, and that a stage of a run equals its config."""
 
 from __future__ import annotations
 
 import logging
 import shlex
 from collections.abc import Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from chainlora import files
 from chainlora.config.schema import DataConfig, RunConfig, StartData
-from chainlora.config.staging import OF_START, RUN_WIDE
+from chainlora.config.staging import RUN_WIDE
 from chainlora.config.yaml_text import one_value
 from chainlora.data.splits import named_sources, source_digest
-from chainlora.errors import RunError
+from chainlora.errors import ChainLoRAError, RunError
 from chainlora.models.finding import from_above, is_same_place, resolve_model
 from chainlora.models.identity import base_files
 from chainlora.registry import plugin_digest
 from chainlora.runs.costs import versions
-from chainlora.runs.history import CONFIG, START, WEIGHTS, Entry, Training, Unbuilt
+from chainlora.runs.entries import CONFIG, MAIN, WEIGHTS, Training
 from chainlora.runs.loading_start import start_folder
 from chainlora.runs.opening import check_base
-from chainlora.runs.paths import exists_in
+from chainlora.runs.paths import exists_in, stage_folder
+from chainlora.runs.recipes import Stage, bits_of
 from chainlora.runs.state import OpenState
 
 logger = logging.getLogger(__name__)
 
 Sources = dict[str, list[str]]  # digests of contents, by config key
 ADAPTER = "start"  # the key of an adapter, in a config and in its sources
-
-# Keys with paths. They may change on resume if the content is the same, which is checked.
-_PLACES = ("model", "data.train", "data.validation", "data.test")
 
 
 def refuse_if_taken(run: Path) -> None:
@@ -53,78 +51,124 @@ def refuse_if_other(run: Path) -> None:
         refuse_if_taken(run)
 
 
-def compare(begun: OpenState, now: RunConfig, stage: str | None = None) -> None:
-    """Compare a begun stage with its config `now`.
+def need_same(run: OpenState, before: Stage, now: RunConfig, *, has_ended: bool) -> None:
+    """Raise RunError unless a stage of a run has the keys of a config, and the run its base.
 
-    Paths are not compared; contents are. For a stage in training, base and rows are compared later,
-    when they are loaded. For a finished stage they are compared here, but only those at a new path,
-    and a base in a folder; its files of rows may have grown, or be missing.
-
-    `stage` is the name in messages, if the run has several. Raises RunError for another config, or
-    other content.
+    This is the only comparison of a plan with a config. Contents of files are not compared: those
+    of an ended stage may have changed, which is told; those of another one are checked when it
+    begins.
     """
-    before, entry = begun.config(), _entry(begun)
-    _compare_start_rows(begun, before, now)
-    old, new = _compared_keys(before), _compared_keys(now)
-    differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    allowed = {key for key in differing if _is_same_content(key, begun, before, now)}
-    if begun.draft is not None and entry.training.rows is not None:
-        places = set(_PLACES).intersection(differing)
-        allowed |= {k for k in places if _without_place(old[k]) == _without_place(new[k])}
-    for key in differing:
-        if key not in allowed:
-            raise _other_config(begun, key, old[key], new[key], stage)
-    if begun.draft is None:
-        _check_model(begun, before.model, now.model)
+    new = now.model_dump(mode="json")
+    if differing := differences(before.config, new):
+        key, (was, given) = next(iter(differing.items()))
+        raise _other_config(run, before.name, key, was, given, has_ended=has_ended)
+    _need_same_base(run, before.config, now)
+    if has_ended:
+        _need_same_files(run, before, now)
 
 
-def need_same_beginning(run: Path, before: RunConfig, now: RunConfig) -> None:
-    """Raise RunError if a run without stages was declared on another base or start."""
-    old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
-    keys = ["model", "quantize", "start_data"]
-    pairs = {key: (old[key], new[key]) for key in keys}
-    for part, names in RUN_WIDE.items():
-        pairs |= {f"{part}.{name}": (old[part][name], new[part][name]) for name in names}
-    for key, (was, given) in pairs.items():
-        is_place = key == "model"
-        if was != given and not (is_place and is_same_place(was, given, run)):
-            got = f"{key} is {one_value(given):.60}, was {one_value(was):.60}"
-            remedy = f"delete {shlex.quote(str(run))}, which has no stage yet, or repeat the "
-            raise RunError("a run begins as it was declared", got, f"{remedy}command that began it")
+def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the keys of two stored configs that decide bits and differ, with their values."""
+    old, new = bits_of(before), bits_of(now)
+    shown = (_flat(before), _flat(now))
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return {key: (shown[0].get(key), shown[1].get(key)) for key in keys}
 
 
-def _entry(begun: OpenState) -> Entry:
-    assert begun.entry is not None
-    return begun.entry
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    sections = {part: config.get(part) or {} for part in ("data", "chain", "train")}
+    return {
+        f"{part}.{key}": value for part, keys in sections.items() for key, value in keys.items()
+    }
 
 
-def _compare_start_rows(begun: OpenState, before: RunConfig, now: RunConfig) -> None:
-    """Raise RunError if `start_data` names other rows than the run has kept."""
-    if now.start_data in (None, before.start_data):
+def _need_same_files(run: OpenState, stage: Stage, now: RunConfig) -> None:
+    """Raise RunError if a config names other files for an ended stage, with other contents.
+
+    A file at its place may have changed or be gone: a change is told, the stage stays.
+    """
+    before = named_sources(config_data(stage))
+    for key, sources in named_sources(now.data).items():
+        pairs = list(zip(before.get(key, []), sources, strict=False))
+        is_moved = not all(is_same_place(old.path, new.path, run.run) for old, new in pairs)
+        try:
+            digests = [source_digest(key, source.path, now.data) for source in sources]
+        except ChainLoRAError:
+            if is_moved:
+                raise
+            continue
+        if digests == stage.sources.get(key):
+            continue
+        if is_moved or len(pairs) < len(sources):
+            old, new = _flat(stage.config).get(key), _flat(now.model_dump(mode="json")).get(key)
+            raise _other_config(run, stage.name, key, old, new, has_ended=True)
+        told = "%s: %s has changed since it was trained; the stage stays as it is"
+        logger.warning(told, stage.name, key)
+
+
+def config_data(stage: Stage) -> DataConfig:
+    """Return the section `data` of a stage's config."""
+    return DataConfig.model_validate(stage.config.get("data"))
+
+
+def _need_same_base(run: OpenState, before: dict[str, Any], now: RunConfig) -> None:
+    """Raise RunError for another base, or other keys that all stages of a run share."""
+    if before.get("quantize") != now.quantize:
+        raise _other_base(run, "quantize", before.get("quantize"), now.quantize)
+    if not is_same_place(str(before.get("model")), now.model, run.run):
+        name = from_above(now.model, run.run)
+        if run.base.files is not None:
+            check_base(run.base, run.run, files=base_files(resolve_model(name)))
+    elif Path(from_above(now.model, run.run)).is_dir() and run.base.files is not None:
+        folder = resolve_model(from_above(now.model, run.run))
+        check_base(run.base, run.run, files=base_files(folder))
+
+
+def need_same_start(run: OpenState, now: RunConfig) -> None:
+    """Raise RunError if `start_data` names other rows than those with which a run began."""
+    if now.start_data is None:
         return
-    if now.start_data == "none" and START in begun.keepers:
-        raise _other_start_rows(begun, "none")
-    old, new = (
-        (data if isinstance(data, StartData) else StartData.model_construct()).model_dump()
-        for data in (before.start_data, now.start_data)
-    )
-    old_digests, new_digests = _entry(begun).training.sources, start_digests(now)
-    for key in (key for key in new if new[key] != old[key]):
-        digest = old_digests.get(f"start_{key}")
-        if digest is None or digest != new_digests.get(f"start_{key}"):
-            raise _other_start_rows(begun, f"another start_data.{key}, {new[key]!r:.60},")
+    before, given = run.history.general, now.model_dump(mode="json")["start_data"]
+    if before is not None and before.get("start_data") == given:
+        return
+    new = general_of(now)
+    if (before and before.get("sources")) != (new and new.get("sources")):
+        matrix = f"chainlora eval {shlex.quote(str(run.run))} --matrix --start-rows FILE"
+        rule = "`start_data` is read when a run begins"
+        got = f"{'none' if new is None else 'others'} for {run.run}"
+        got += ", which keeps none" * (before is None)
+        raise RunError(rule, got, f"leave it out; {matrix} replaces the rows that are scored")
 
 
-def _other_start_rows(begun: OpenState, got: str) -> RunError:
-    matrix = f"chainlora eval {shlex.quote(str(begun.run))} --matrix"
-    remedy = f"leave it as it was, or replace the rows: {matrix}"
-    rule = "`start_data` is read when a run begins"
-    return RunError(rule, f"{got} for {begun.run}", f"{remedy} --start-rows FILE")
+def need_run_wide(run: Path, before: dict[str, Any], now: RunConfig) -> None:
+    """Raise RunError if a new stage of a run sets keys that all its stages share."""
+    new = now.model_dump(mode="json")
+    for part, names in RUN_WIDE.items():
+        for name in names:
+            was, given = (before.get(part) or {}).get(name), new[part][name]
+            if was != given and name != "shard":
+                got = f"{part}.{name} is {one_value(given):.60}, was {one_value(was):.60}"
+                rule = f"all stages of {run} share their base and its keys"
+                raise RunError(rule, got, "leave it out, or choose another output")
+
+
+def general_of(config: RunConfig) -> dict[str, Any] | None:
+    """Return how a run that begins with a config gets rows of its base; None: it keeps none."""
+    if config.start_data == "none" or (config.start_data is None and not config.data.keep_rows):
+        return None
+    data = config.model_dump(mode="json")
+    keys = ("chat_template", "template_arguments", "max_length", "truncation", "format")
+    bits: dict[str, Any] = {key: data["data"][key] for key in keys}
+    for key, value in (data["start_data"] or {}).items():
+        is_place = key in ("train", "validation", "test", "task", "dir") and isinstance(value, str)
+        bits[f"start_{key}"] = "a file" if is_place else value
+    sources = start_digests(config)
+    return {"bits": bits, "sources": sources, "start_data": data["start_data"]}
 
 
 def source_digests(config: RunConfig) -> dict[str, list[str]]:
     """Return digests of the contents of a config's task and files of rows, by their keys."""
-    return _digests(config.data) | start_digests(config)
+    return _digests(config.data)
 
 
 def adapter_digests(adapter: str) -> list[str]:
@@ -140,18 +184,22 @@ def import_sources(config: RunConfig) -> Sources:
     return source_digests(config) | {ADAPTER: adapter_digests(str(config.start))}
 
 
-def need_same_sources(run: Path, declared: Unbuilt, now: Sources) -> None:
-    """Raise RunError unless the files of an entry have the digests that it was declared with.
+def need_same_sources(run: Path, stage: Stage, now: Sources) -> None:
+    """Raise RunError unless the files of a stage have the digests that the plan names.
 
-    Every entry is checked here before a row or tensor of its files is stored: its run may come from
+    Every file is checked here before a row or tensor of it is stored: the run may come from
     somebody else, and name any file of this machine.
     """
-    if now != declared.training.sources:
-        rule = f"Cannot build {declared.key}: its files must not change after it was declared"
-        prune = f"chainlora prune {shlex.quote(str(run))} {declared.key} --yes"
-        remedy = "restore them or repeat its command"
-        remedy += "" if declared.key == START else f", or {prune}"
-        raise RunError(rule, f"changed ones for {declared.key}", remedy)
+    need_pinned(run, stage.name, stage.sources, now)
+
+
+def need_pinned(run: Path, name: str, known: Sources, now: Sources) -> None:
+    """Raise RunError unless files have the digests that a run names; `name` is for the message."""
+    if now != known:
+        rule = f"Cannot build {name}: its files must not change before it is built"
+        undo = f"chainlora undo {shlex.quote(str(run))}"
+        remedy = f"restore them, or {undo} and repeat the command"
+        raise RunError(rule, f"changed ones for {name}", remedy)
 
 
 def start_digests(config: RunConfig) -> dict[str, list[str]]:
@@ -170,62 +218,30 @@ def _digests(data: DataConfig) -> dict[str, list[str]]:
     }
 
 
-def _other_config(begun: OpenState, key: str, old: Any, new: Any, stage: str | None) -> RunError:
-    """Return the error for a config key that differs from the begun stage."""
-    run, has_ended = begun.run, begun.draft is None
-    differs = f"{key} is {one_value(new):.60}, was {one_value(old):.60}"
-    if key in _entry(begun).training.sources and has_ended:
+def _other_config(
+    run: OpenState, stage: str, key: str, old: Any, new: Any, *, has_ended: bool
+) -> RunError:
+    """Return the error for a config key that differs from a stage of the run."""
+    place, differs = run.run, f"{key} is {one_value(new):.60}, was {one_value(old):.60}"
+    if key in run.history.plan().stages[0].sources and has_ended:
         differs += ", compared by content"
-    if stage is not None:
+    if stage != MAIN:
         rule, got = "a stage keeps the config it began with", f"stage {stage!r}: {differs}"
         remedy = "give the new stage another name (--name)"
     elif has_ended:
-        rule, got = "a run that has ended keeps its config", f"{differs} in {run}"
-        add = f"chainlora extend {shlex.quote(str(run))} FILE"
+        rule, got = "a run that has ended keeps its config", f"{differs} in {place}"
+        add = f"chainlora extend {shlex.quote(str(place))} FILE"
         remedy = f"choose another output, or add a stage to it: {add}"
     else:
-        rule, got = "a run resumes with the config it began with", f"{differs} in {run}"
-        remedy = f"use {begun.folder / CONFIG}, or choose another output"
+        rule, got = "a run resumes with the config it began with", f"{differs} in {place}"
+        remedy = f"use {stage_folder(place, stage) / CONFIG}, or choose another output"
     return RunError(rule, got, remedy)
 
 
-def _is_same_content(key: str, begun: OpenState, before: RunConfig, now: RunConfig) -> bool:
-    """Say whether the paths of a key have the same content as when the run began."""
-    if key == "model":
-        return begun.draft is None  # compared by `_check_model`
-    old, new = (named_sources(config.data).get(key, []) for config in (before, now))
-    digests = _entry(begun).training.sources.get(key)
-    known: Sequence[str | None] = digests or [None] * len(old)
-    return (
-        bool(old)
-        and len(old) == len(new) == len(known)
-        and all(
-            one.weight == two.weight
-            and (
-                is_same_place(one.path, two.path, begun.run)
-                or source_digest(key, two.path, now.data) == digest
-            )
-            for one, two, digest in zip(old, new, known, strict=True)
-        )
-    )
-
-
-def _check_model(begun: OpenState, before: str, now: str) -> None:
-    """Raise RunError for another base. A Hub id that has not changed is not read."""
-    name = from_above(now, begun.run)
-    if now != before or Path(name).is_dir():
-        check_base(begun.base, begun.run, files=base_files(resolve_model(name)))
-
-
-def _without_place(value: Any) -> Any:
-    """Return the value of a path key without its folders, to compare two values.
-
-    A single path becomes a constant. Several files keep their names, because the digest of all rows
-    does not show which row comes from which file.
-    """
-    if isinstance(value, list | tuple):
-        return [(PurePath(source["path"]).name, source["weight"]) for source in value]
-    return str if isinstance(value, str) else value
+def _other_base(run: OpenState, key: str, old: Any, new: Any) -> RunError:
+    got = f"{key} is {one_value(new):.60}, was {one_value(old):.60}"
+    remedy = "leave it out, or choose another output"
+    return RunError(f"all stages of {run.run} share their base", got, remedy)
 
 
 def check_resumed(before: Training, rows: str) -> None:
@@ -252,17 +268,17 @@ def check_resumed(before: Training, rows: str) -> None:
         )
 
 
-def check_plugins(begun: OpenState, config: RunConfig) -> None:
-    """Raise RunError unless the config names the plug-ins that a stage was begun with.
+def check_plugins(stage: Stage, run: Path, config: RunConfig) -> None:
+    """Raise RunError unless a config names the plug-ins that a stage was begun with.
 
     A run records its plug-ins but never loads them, because it may come from somebody else. Warns
     if a plug-in has changed.
     """
-    before = _entry(begun).training.plugins
+    before = stage.plugins
     given = {name: plugin_digest(name) for name in config.plugins}
     known = set(given.values())
     if missing := [name for name in before if name not in given and before[name] not in known]:
-        raise RunError(not_named(f"resume {begun.run}", missing))
+        raise RunError(not_named(f"resume {run}", missing))
     if changed := [name for name in before if name in given and before[name] != given[name]]:
         logger.warning(
             "the run was begun with another content of %s; later steps use the new one",
@@ -276,19 +292,3 @@ def not_named(what: str, plugins: Sequence[str]) -> str:
         f"Cannot {what}: it was begun with the plug-in {', '.join(plugins)}, code that would run "
         f"here. Add --plugins {','.join(plugins)} if you trust it"
     )
-
-
-def _compared_keys(config: RunConfig) -> dict[str, Any]:
-    """Return the keys of a config that decide the weights, by their dotted names.
-
-    Left out are the output, the start (its links and kept rows are compared), plug-ins
-    (`check_plugins`), trackers and logs, and the sharding of the model.
-    """
-    left_out: dict[str, Any] = dict.fromkeys(("output", "plugins", *OF_START), True)
-    tree = config.model_dump(exclude=left_out)
-    for key in ("trackers", "save_every", "log_every", "shard"):
-        tree["train"].pop(key)
-    flat = {key: tree.pop(key) for key in ("model", "quantize")}
-    for section, keys in tree.items():
-        flat |= {f"{section}.{key}": value for key, value in keys.items()}
-    return flat

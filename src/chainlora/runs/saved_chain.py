@@ -30,11 +30,13 @@ from chainlora.knots.numbers import Numbers
 from chainlora.models.finding import name_of
 from chainlora.models.quantizing import quantized_while_loading
 from chainlora.runs.costs import versions
-from chainlora.runs.documents import Count, Document, Part, now, read_part, write_part
-from chainlora.runs.history import MAIN, Base, Entry, History, State, Training
+from chainlora.runs.documents import Count, Document, Part, read_part, write_part
+from chainlora.runs.entries import MAIN, Base, State, Training
+from chainlora.runs.history import History
 from chainlora.runs.links import save_link
 from chainlora.runs.opening import check_base
 from chainlora.runs.paths import HISTORY, exists_in, stage_folder
+from chainlora.runs.recipes import Plan, Stage
 from chainlora.runs.state import OpenState
 
 # The folder of the chain in a trainer's checkpoint, beside the adapter.
@@ -107,17 +109,18 @@ def write_chain(
         if chain.live is not None:
             files.save_tensors(folder / _LIVE, chain.live_state())
         write_part(folder / _CHAIN, _memory(chain, numbers, adapter))
-        entry = Entry(
-            key=MAIN,
-            kind="import",
-            state=State(base=base.fingerprint, links=tuple(digest for digest, _ in saved)),
-            files=files.checksums(folder),
-            training=Training(versions=versions()),
-            ended=now(),
-        )
+        state = State(base=base.fingerprint, links=tuple(digest for digest, _ in saved))
+        training = Training(versions=versions())
+        facts: Any = {"files": files.checksums(folder), "training": training}
         history = History(base=base, hold=chain.hold, seed=chain.seed)
-        whole = history.added(entry, dict(saved))
-        write_part(scratch / HISTORY, whole.model_copy(update={"head": MAIN}))
+        stage = Stage(name=MAIN, kind="import")
+        history = history.edited(Plan(stages=(stage,)), "save_chain")
+        only = history.versions[-1].model_copy(update={"before": -1})
+        history = history.model_copy(update={"versions": (only,), "at": 0})  # nothing to undo
+        due = history.due_stage(MAIN)
+        assert due is not None
+        whole = history.added(due.entry(state, **facts), dict(saved))
+        write_part(scratch / HISTORY, whole)
 
 
 def read_chain(state: OpenState) -> SavedChain:

@@ -20,7 +20,7 @@ from chainlora.models.finding import from_above
 from chainlora.models.identity import has_tokenizer
 from chainlora.runs.documents import need_file
 from chainlora.runs.draft import Draft, read_draft
-from chainlora.runs.history import (
+from chainlora.runs.entries import (
     BASE,
     CONFIG,
     RECORDS,
@@ -29,12 +29,12 @@ from chainlora.runs.history import (
     TOKENIZER,
     Base,
     Entry,
-    History,
     LinkFacts,
     State,
     link_folder,
     rows_file,
 )
+from chainlora.runs.history import History
 from chainlora.runs.links import read_link
 from chainlora.runs.paths import stage_folder
 from chainlora.runs.records import Record, check_records, read_records, read_result
@@ -98,22 +98,18 @@ class OpenState:
     @property
     def has_run(self) -> bool:
         """Say whether the folder is a run; a saved chain has no config."""
-        return any(e.has_config for e in (*self.history.entries, *self.history.unbuilt))
+        stages = self.history.stages.values()
+        return any(e.has_config for e in self.history.entries) or any(s.config for s in stages)
 
     @property
     def is_before_training(self) -> bool:
-        """Say whether it is the base or the origin, which the run's config does not describe."""
-        return self.key in (BASE, self.history.origin, START)
+        """Say whether it is the base, which no config of a stage describes."""
+        return self.key in (BASE, START)
 
     @property
     def is_combined(self) -> bool:
         """Say whether the entry is a combination."""
         return self.entry is not None and self.entry.kind == "combine"
-
-    @property
-    def is_as_trained(self) -> bool:
-        """Say whether recorded scores hold for this state: no link below it was pruned."""
-        return self.entry is None or not self.entry.pruned
 
     @property
     def parent(self) -> OpenState:
@@ -205,14 +201,14 @@ class OpenState:
 
     @property
     def configured(self) -> Entry:
-        """Return the latest entry of the lineage with a config; for an origin, the run's first.
+        """Return the latest entry of the lineage with a config; for the base, the run's first.
 
         Raises RunError for a saved chain.
         """
         others = [*reversed(self.lineage), *self.history.entries]
         entry = next((e for e in others if e.has_config), None)
         if entry is None and self.has_run:
-            rule, remedy = "a run must have begun a stage", "repeat the command that declared it"
+            rule, remedy = "a run must have ended a stage", "chainlora train RUN trains it"
             raise RunError(rule, f"none in {self.run}", remedy)
         if entry is None:
             raise RunError("a saved chain has no config", self.run, "name a run")

@@ -9,14 +9,14 @@
     RUN/stages/NAME/metrics.jsonl            one JSON object a line
     RUN/stages/NAME/result.json              written last
 
-The history declares the stage before it begins. A file that ``stage.json`` names is never
+The plan has the stage before it begins. A file that ``stage.json`` names is never
 overwritten. A new point is saved in three steps:
 1. write its files under new names, and flush them;
 2. replace ``stage.json``;
 3. delete the files that it does not name.
 So the stage can resume after a kill at any moment. Links and kept rows are written into the run at
-once; nothing reads them before the history names them. Last of all, `end` gives the entry its state
-in the history.
+once; nothing reads them before the history names them. Last of all, `end` writes the entry of the
+stage into the history.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from chainlora.runs.beginning import save_rows
 from chainlora.runs.costs import versions
 from chainlora.runs.documents import write_part
 from chainlora.runs.draft import DRAFT, PASSING, REFERENCE, Checkpoint, Draft, Progress
-from chainlora.runs.history import CONFIG, RECORDS, RESULT, Base, History, LinkFacts, Unbuilt
+from chainlora.runs.entries import CONFIG, RECORDS, RESULT, Base, Due, LinkFacts
 from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.links import save_link, write_adapter_of
 from chainlora.runs.locks import Scratch
 from chainlora.runs.opening import check_base
 from chainlora.runs.paths import stage_folder
 from chainlora.runs.records import RecordLog, resumed_log
-from chainlora.runs.resuming import check_resumed, compare, need_same_sources, source_digests
+from chainlora.runs.resuming import check_resumed, need_same_sources, source_digests
 from chainlora.runs.state import OpenState
 
 # The files of a checkpoint: the live link (`Chain.live_state`), and its optimizer.
@@ -91,15 +91,10 @@ class Work:
 
     # --- opening and closing ---
 
-    def open(self, config: RunConfig) -> None:
-        """If the stage was begun, check its files and config.
-
-        Raises RunError for a damaged stage, and for another config.
-        """
-        if not self.writes:
-            return
-        if (begun := self.begun()) is not None:
-            compare(self._take(begun), config)
+    def open(self) -> None:
+        """If the stage was begun, check its files. Raises RunError for a damaged stage."""
+        if self.writes and (begun := self.begun()) is not None:
+            self._take(begun)
 
     def _take(self, state: OpenState) -> OpenState:
         """Check the files of a state and continue from its point; return the checked state."""
@@ -123,23 +118,25 @@ class Work:
             return deepcopy(self.draft.position)
         if self._draft is not None:
             return self._resume(self._draft, base, rows)
-        declared = self._declared(read_history(self.run))
-        need_same_sources(self.run, declared, source_digests(config))
+        due = self.due()
+        need_same_sources(self.run, due.stage, source_digests(config))
         self._is_new = True
         self._scratch.clear()
         self.base = base
         files.write_text(self.folder / CONFIG, dump_config(config))
         self._hash(CONFIG)
         kept = None if keep is None else save_rows(self.run, keep(), self.stage)
-        training = declared.training.model_copy(update={"rows": rows})
-        self._draft = Draft(training=training, kept=kept, records=self._log.flushed())
+        training = due.training.model_copy(update={"rows": rows})
+        known: Any = {"digest": due.digest, "training": training, "kept": kept}
+        self._draft = Draft(**known, records=self._log.flushed())
         self._replace()
         return deepcopy(self.draft.progress)
 
-    def _declared(self, history: History) -> Unbuilt:
-        declared = history.find_unbuilt(self.stage)
-        assert declared is not None
-        return declared
+    def due(self) -> Due:
+        """Return the stage with what is known of its entry."""
+        due = read_history(self.run).due_stage(self.stage)
+        assert due is not None
+        return due
 
     def tidy(self) -> None:
         """Remove training files of a finished stage that a kill has left."""
@@ -268,7 +265,7 @@ class Work:
             progress.num_records += 1
 
     def end(self, result: Mapping[str, Any], best: tuple[int, Link | None] | None) -> None:
-        """Write the result, then give the stage its state in the history.
+        """Write the result, then the entry of the stage into the history.
 
         `best` is the best point, if the state ends there: the number of whole links of the stage,
         and a part of the next one. After a kill before the history is replaced, a resume scores
@@ -287,14 +284,10 @@ class Work:
         records = self._log.flushed()
         sums = {n: digest for n, digest in self._hashes.items() if not _is_in(n, PASSING)}
         sums |= {RECORDS: records.sha256} if records.count else {}
+        update_history(self.run, lambda now: now.model_copy(update={"base": self.base}))
         draft = self.draft.model_copy(update={"tied": tuple(self._tied)})
-
-        def change(history: History) -> History:
-            history = history.model_copy(update={"base": self.base})
-            entry = draft.entry(self._declared(history), history, links, files=sums)
-            return history.built(entry, self._links)
-
-        update_history(self.run, change)
+        entry = draft.entry(self.due(), links, files=sums)
+        update_history(self.run, lambda now: now.added(entry, self._links))
         self._scratch.remove_passing()
 
     def _replace(self, **changed: Any) -> None:

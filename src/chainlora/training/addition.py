@@ -1,8 +1,7 @@
-"""The plan of `chainlora.add`: import an adapter as an entry beside the stages of a run."""
+"""The change of `chainlora.add`: an adapter becomes a stage beside the others of a run."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,32 +15,34 @@ from chainlora.config.staging import RUN_WIDE, Stage, check_name, name_of_rows, 
 from chainlora.data.splits import check_files, length_limit
 from chainlora.errors import ConfigError, RunError
 from chainlora.models.finding import is_same_place
-from chainlora.runs.adding import (
-    check_adapter,
-    import_entry,
-    read_adapter,
-)
-from chainlora.runs.addresses import state_at
+from chainlora.runs.adding import check_adapter, read_adapter
+from chainlora.runs.addresses import begun_stage, state_at
 from chainlora.runs.changes import whole_run
-from chainlora.runs.declaring import declared_config, history_of_start
-from chainlora.runs.history import BASE, Base
+from chainlora.runs.declaring import config_of, first_history, stage_of
+from chainlora.runs.entries import Base
 from chainlora.runs.history_file import read_history
 from chainlora.runs.loading_start import NOTHING, Start
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.paths import exists_in, need_apart, split_address
-from chainlora.runs.resuming import ADAPTER, adapter_digests, compare, refuse_if_other
+from chainlora.runs.recipes import Stage as PlannedStage
+from chainlora.runs.resuming import (
+    ADAPTER,
+    adapter_digests,
+    need_same,
+    need_same_start,
+    refuse_if_other,
+)
 from chainlora.runs.state import OpenState
-from chainlora.training.placement import Declaring, StagePlan, need_beside, need_in_layers
-from chainlora.training.plan import Plan, plan_of
-from chainlora.training.refusing import check_rows
+from chainlora.training.reconcile import Change, settled
+from chainlora.training.refusing import StagePlan, check_rows, need_beside, need_in_layers
 
 _OF_TRAINING = ("replay", "new_rows_only", "keep_rows")  # keys of `data`
 
 
 def addition(
     run: str | Path, adapter: str | Path, name: str | None, keys: Mapping[str, Any]
-) -> Plan:
-    """Return the plan that adds an adapter as the entry `name` to a run, or to a new run.
+) -> Change:
+    """Return the change that adds an adapter as the stage `name` to a run, or to a new run.
 
     `keys` are keys of the adapter's rows (`data`), and keys that all stages of a run share: model,
     quantize and `RUN_WIDE`. Everything that needs no weights is checked here.
@@ -50,26 +51,26 @@ def addition(
     keys = _checked(keys)
     train = keys["data"].get("train")
     name = check_name(name or (name_of_rows(train) if isinstance(train, str) else None))
-    built = None if head is None else _built(head, name)
+    known = None if head is None else _known(head, name)
     source = str(adapter)
-    imported = read_adapter(source) if built is None else NOTHING
+    imported = read_adapter(source) if known is None or head is None else NOTHING
     config = _config(folder, head, name, source, imported, keys)
-    stage = Stage(name, config, after=BASE if head is None else head.history.origin, beside=True)
-    if built is not None:
-        _need_same(built, config, source)
-    else:
-        _check(stage, imported, head, OpenBase.of_config(config, folder if head else None))
+    stage = Stage(name, config, beside=True)
+    if known is not None and head is not None:
+        _need_same(head, known, config, source)
+        planned = StagePlan(stage, begun_stage(folder, name, head.history))
+        return Change(folder, head.history, (planned,), {name: config})
+    _check(stage, imported, head, OpenBase.of_config(config, folder if head else None))
     if head is not None:
         history, start = head.history, NOTHING
     else:
         # without `start`: the new run begins on the base, not on the adapter
         first = config.model_copy(update={"start": None})
-        history = history_of_start(NOTHING, Base(model=config.model, fingerprint=""), first, name)
+        history = first_history(first, Base(model=config.model, fingerprint=""), NOTHING)
         start = Start(tokenizer=imported.tokenizer)
-    entry = None if built is not None else import_entry(name, config, history.origin)
-    declaring, planned = Declaring(history, folder), StagePlan(stage, built, entry)
-    declaring.add_all([planned])
-    return plan_of(declaring, [planned], start)
+    plan = history.plan().with_stage(stage_of(name, config, kind="import"))
+    history = history.edited(plan, f"add {name}")
+    return Change(folder, history, (StagePlan(stage),), {name: config}, start)
 
 
 def _open(run: str | Path) -> tuple[Path, OpenState | None]:
@@ -80,18 +81,17 @@ def _open(run: str | Path) -> tuple[Path, OpenState | None]:
         refuse_if_other(folder)
         files.check_writable(folder)
         return folder, None
-    history = read_history(whole_run(run))
+    history = settled(folder, read_history(whole_run(run)))
+    if history.is_blank:
+        return folder, None
     head = state_at(folder, history)
     if not head.has_run and history.entries:
         rule, remedy = "an adapter is added to a run", "begin a run in another folder"
         raise RunError(rule, f"a saved chain, {folder}", remedy)
-    if not history.own and any(entry.kind == "stage" for entry in history.unbuilt):
+    unfinished = [stage.name for stage in history.plan().stages if stage.kind == "stage"]
+    if unfinished and not any(entry.has_config for entry in history.entries):
         rule = "an adapter is added to a run whose first stage has ended"
         raise RunError(rule, folder, "finish that stage: repeat the command that began it")
-    if history.state_of(history.origin).links:
-        rule = "an adapter is added to a run that began on the base itself"
-        remedy = "begin another run with it: chainlora add NEW_RUN ADAPTER"
-        raise RunError(rule, f"{folder}, which began on other links", remedy)
     return folder, head
 
 
@@ -116,26 +116,27 @@ def _checked(keys: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _built(head: OpenState, name: str) -> OpenState | None:
-    """Return the state of a built entry, None if it is new or unbuilt."""
-    known = head.history.known(name)
-    if known is not None and not (known.kind == "import" and known.has_config):
+def _known(head: OpenState, name: str) -> PlannedStage | None:
+    """Return the added adapter of a name in the plan of a run, None if it is new."""
+    known = head.history.plan().find(name)
+    is_taken = known.kind != "import" if known is not None else head.history.find(name) is not None
+    if is_taken:
         rule = "an adapter must have a name of its own"
         raise RunError(rule, f"{name!r}, which {head.run} has", "choose another, --name NAME")
-    return None if head.history.find(name) is None else head.at(name)
+    return known
 
 
-def _need_same(built: OpenState, config: RunConfig, adapter: str) -> None:
-    """Raise RunError if a built entry was imported from another adapter, or with other keys."""
-    assert built.entry is not None
+def _need_same(head: OpenState, known: PlannedStage, config: RunConfig, adapter: str) -> None:
+    """Raise RunError if an entry was added from another adapter, or with other keys."""
     try:
-        is_same = adapter_digests(adapter) == built.entry.training.sources.get(ADAPTER)
+        is_same = adapter_digests(adapter) == known.sources.get(ADAPTER)
     except RunError:  # the adapter is gone
-        is_same = adapter == built.config().start
+        is_same = adapter == known.config.get("start")
     if not is_same:
         rule = "an entry keeps the adapter that it was imported from"
-        raise RunError(rule, f"another one for {built.key}", "choose another name, --name NAME")
-    compare(built, config, built.key)
+        raise RunError(rule, f"another one for {known.name}", "choose another name, --name NAME")
+    has_ended = head.history.find(known.name) is not None
+    need_same(head, known, config, has_ended=has_ended)
 
 
 def _config(
@@ -150,10 +151,8 @@ def _config(
     tree, begun = dict(keys), None
     if head is not None:
         begun = _begun_config(head, name)
-        tree = _with_shared_keys(keys, _first_config(head, begun), run)
+        tree = _with_shared_keys(keys, begun or _first_config(head), run)
         tree["start_data"] = keys.get("start_data")
-        if tree["start_data"] is None and begun is not None:
-            tree["start_data"] = begun.model_dump(mode="json")["start_data"]
     elif tree.get("model") is None:
         base = imported.adapter.base if imported.adapter is not None else ""
         if not base:
@@ -162,30 +161,20 @@ def _config(
         tree["model"] = base
     tree["chain"] = tree["chain"] | {"ranks": []}  # nothing is trained
     config = make_config(tree | {"start": adapter, "output": str(run)})
-    is_built = head is not None and head.history.find(name) is not None  # `compare` reads its rows
-    before = None if begun is None else begun.start_data
-    if head is not None and not is_built and config.start_data != before:
-        raise _late_rows(run)
+    if head is not None:
+        need_same_start(head, config)
     return config
 
 
 def _begun_config(head: OpenState, name: str) -> RunConfig | None:
-    """Return the config of an entry that was declared or built, None if it is new."""
-    declared = head.history.find_unbuilt(name)
-    if declared is not None:
-        return declared_config(head.run, declared)
-    return None if head.history.find(name) is None else head.at(name).config()
+    """Return the config of an adapter in the plan, None if it is new."""
+    known = head.history.plan().find(name)
+    return None if known is None else config_of(head.run, known)
 
 
-def _first_config(head: OpenState, begun: RunConfig | None) -> RunConfig:
-    """Return the config of a run's first entry, which has the keys that all entries share."""
-    return begun if begun is not None and not head.history.own else head.at(BASE).config()
-
-
-def _late_rows(run: Path) -> ConfigError:
-    rule = "`start_data` is read when a run begins"
-    replace = f"chainlora eval {shlex.quote(str(run))} --matrix --start-rows FILE"
-    return ConfigError(rule, f"some for {run}", f"leave it out; {replace} replaces such rows")
+def _first_config(head: OpenState) -> RunConfig:
+    """Return the config of a run's first stage, which has the keys that all stages share."""
+    return config_of(head.run, head.history.plan().stages[0])
 
 
 def _with_shared_keys(keys: Mapping[str, Any], first: RunConfig, run: Path) -> dict[str, Any]:

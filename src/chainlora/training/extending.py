@@ -29,11 +29,13 @@ from chainlora.data.readers import is_rows
 from chainlora.errors import ConfigError, RunError
 from chainlora.models.finding import from_above
 from chainlora.runs.addresses import begun_stage, open_run
+from chainlora.runs.entries import BASE
+from chainlora.runs.loading_start import first_stage
 from chainlora.runs.paths import split_address
 from chainlora.runs.resuming import not_named
 from chainlora.runs.saved_chain import as_adapter
 from chainlora.runs.state import OpenState
-from chainlora.training.placement import need_beside, stands_beside
+from chainlora.training.refusing import need_beside, stands_beside
 
 logger = logging.getLogger(__name__)
 
@@ -69,12 +71,11 @@ def extension(
         begun = begun_stage(Path(expanduser(fork["output"])), name)
         _need_state(begun, on, name)
         return [_on_top(on, keys, address, fork, is_new=begun is None)]
-    origin = head.history.origin
-    required = head.at(origin) if beside else on if named is not None else None
+    required = head.at(BASE) if beside else on if named is not None else None
     begun = _begun(head, name, required)
     if beside is False and named is None:
         _need_on_top(begun, name)
-    can_choose = named is None and (begun is None or begun.parent.key == origin)
+    can_choose = named is None and (begun is None or begun.parent.key == BASE)
     if beside or (beside is None and can_choose):
         stage = _beside(head, begun, keys, address, beside)
         if stage is not None:
@@ -85,8 +86,10 @@ def extension(
 
 def _need_on_top(begun: OpenState | None, name: str) -> None:
     """Raise RunError for a begun stage that is combined with others."""
-    entries = () if begun is None else (*begun.history.entries, *begun.history.unbuilt)
-    if any(entry.kind == "combine" and name in entry.parents for entry in entries):
+    stage = None if begun is None else begun.history.plan().find(name)
+    if begun is None or stage is None or stage.names:
+        return
+    if begun.history.plan().names[0] != name:
         rule = f"stage {name!r} must stay where it was begun"
         raise RunError(rule, "it began beside the others", "choose another name by --name")
 
@@ -125,11 +128,10 @@ def _beside(
     beside: bool | None,
 ) -> Stage | None:
     """Return a stage beside the others, None if it stands on top of them."""
-    origin, own_stages = head.at(head.history.origin), head.history.own_stages
     # Inherit from the run's first stage: a later one may be pruned, or may not exist when the
     # command is repeated.
-    last = begun or (head.at(own_stages[0]) if own_stages else origin.with_rows)
-    stage = replace(_inheriting(last, keys, address), after=origin.key, beside=beside)
+    last = begun or first_stage(head.run) or head.at(BASE).with_rows
+    stage = replace(_inheriting(last, keys, address), after=BASE, beside=beside)
     if begun is None:
         if not stands_beside(stage):
             return None
@@ -181,7 +183,7 @@ def _warn_of_open_keys(last: OpenState, keys: Mapping[str, Any]) -> None:
 
 def _begun(head: OpenState, name: str, required: OpenState | None) -> OpenState | None:
     """Return the begun stage of a name, None if it is new; it must have begun on `required`."""
-    if head.draft is not None or (head.history.unbuilt and not head.history.own):
+    if head.draft is not None or not any(e.has_config for e in head.history.entries):
         rule = "a stage is added to a run whose first stage has ended"
         raise RunError(rule, head.run, "finish that stage: repeat the command that began it")
     begun = begun_stage(head.run, name, head.history)

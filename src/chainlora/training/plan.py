@@ -1,15 +1,15 @@
-"""The plan of a command: its stages, how far each has come, and the entries to declare.
+"""Make the change of a command that trains: new stages in the plan of its run.
 
-A plan is made and checked (`training.refusing`) before anything is written. `--dry-run` shows it,
-`runs.declaring` writes its entries, and `training.building` builds them.
+Everything that can be checked without weights is checked (`training.refusing`) before anything is
+written. `--dry-run` shows the change, `training.reconcile` carries it out.
 """
 
 from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from math import ceil
 from os.path import expanduser
 from pathlib import Path
@@ -20,25 +20,27 @@ from chainlora.data.kept import keeps_general
 from chainlora.data.splits import check_files, rows_of_an_epoch
 from chainlora.errors import RunError
 from chainlora.runs.addresses import begun_stage, state_at
-from chainlora.runs.declaring import declared_config, history_of_start
-from chainlora.runs.draft import drafts_in
-from chainlora.runs.history import MAIN, START, Base, History, Unbuilt
+from chainlora.runs.declaring import first_history, stage_of
+from chainlora.runs.entries import START, Base
+from chainlora.runs.history import History
 from chainlora.runs.history_file import read_history
-from chainlora.runs.loading_start import NOTHING, Start, load_start, start_at
+from chainlora.runs.loading_start import NOTHING, Start, load_start
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.paths import exists_in, need_apart
+from chainlora.runs.recipes import How, Plan
+from chainlora.runs.recipes import Stage as PlannedStage
 from chainlora.runs.resuming import (
     check_plugins,
-    compare,
-    need_same_beginning,
+    need_same,
+    need_same_start,
     refuse_if_other,
     refuse_if_taken,
 )
 from chainlora.runs.state import OpenState
 from chainlora.training.optimizers import reads_adam_keys
-from chainlora.training.placement import Declaring, StagePlan, need_below, placed
 from chainlora.training.processes import num_launched, wants_shards
-from chainlora.training.refusing import check_due, naming
+from chainlora.training.reconcile import Change, settled
+from chainlora.training.refusing import StagePlan, check_due, naming, need_beside, stands_beside
 
 logger = logging.getLogger(__name__)
 
@@ -49,147 +51,158 @@ ROWS = 640
 MOST_EPOCHS = 10
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The stages of a command in their order, and the entries that it declares for them.
-
-    Without an output there is no run, and only `stages` and `start` are set.
-    """
-
-    stages: tuple[StagePlan, ...]
-    start: Start = NOTHING  # of a new run
-    run: Path = Path()
-    # the history before the command; of a new run, its first
-    history: History = field(
-        default_factory=lambda: History(base=Base(model="", fingerprint=""), hold="")
-    )
-    new: tuple[Unbuilt, ...] = ()  # entries to declare
-    keys: tuple[str, ...] = ()  # all entries of the command, also those declared before
-    configs: Mapping[str, RunConfig] = field(default_factory=dict)  # by the key of a stage
-    target: str | None = None  # the future head, if it changes
-
-    @property
-    def due(self) -> list[StagePlan]:
-        """Return the stages that are not finished."""
-        return [planned for planned in self.stages if planned.state != "finished"]
-
-    @property
-    def combined(self) -> set[str]:
-        """Return the keys of unbuilt combinations and of their ancestors."""
-        history = self.history.declared(self.new, None)
-        unbuilt = (history.find_unbuilt(key) for key in self.keys)
-        keys = [entry.key for entry in unbuilt if entry is not None and entry.kind == "combine"]
-        return {name for key in keys for name in history.below(key)}
-
-    def is_combined_after(self, name: str) -> bool:
-        """Say whether a combination follows a stage."""
-        known = [self.history.find_unbuilt(key) for key in self.keys]
-        entries = (entry for entry in (*known, *self.new) if entry is not None)
-        return any(e.unit == name and e.kind == "combine" for e in entries)
-
-
 def make_plan(
     stages: Sequence[Stage],
     *,
     resume: bool = True,
     base: OpenBase | None = None,
-) -> Plan:
+) -> Change:
     """Plan the stages of a command and check them; write and train nothing.
 
     The files of the last finished stage are verified, and those of the head, if a new stage depends
     on it. Without `resume`, an existing run in the output is refused.
     """
     # 1. Find the run, and how far each stage has come.
-    output, existing = stages[0].config.output, None
-    if output is not None:
-        run = Path(expanduser(output))
+    run, existing = Path(), None
+    if stages[0].config.output is not None:
+        run = Path(expanduser(stages[0].config.output))
         need_apart(run)
         refuse_if_other(run) if resume else refuse_if_taken(run)
-        existing = state_at(run, read_history(run)) if exists_in(run) else None
-    if existing is not None:
+    known = exists_in(run) and stages[0].config.output is not None
+    if known and not (history := settled(run, read_history(run))).is_blank:
+        existing = state_at(run, history)
+        start = NOTHING
         _need_order(existing, stages)
-    if existing is None or not existing.history.entries:
+        need_same_start(existing, stages[0].config)
+    else:
         stages = [_without_general(stages[0]), *stages[1:]]
+        start = NOTHING if stages[0].fork is None else load_start(stages[0].fork)
+        base_facts = Base(model=stages[0].config.model, fingerprint="")
+        history = first_history(stages[0].config, base_facts, start)
     planned = [_planned(stage, existing) for stage in stages]
     finished = [p.begun for p in planned if p.begun is not None and p.draft is None]
-    head = existing if finished else None
     if finished:
         finished[-1].verify()
-    # 2. Place each stage beside the others or on top, and list the entries to declare.
-    start = NOTHING
-    if planned[0].state != "finished":
-        start = _start_of(planned[0], existing)
-    planned = placed(planned, head, start)
-    if output is None:
-        plan = Plan(tuple(planned), start)
-    else:
-        plan = _with_entries(planned, start, run, existing)
+    # 2. Add the new stages to the plan, one version each.
+    head = existing if existing is not None and _has_stage(existing) else None
+    before = [*planned]
+    for place, each in enumerate(planned):
+        if history.plan().find(each.name) is None and each.state == "new":
+            others = [other.stage for other in before[:place] if other.state != "finished"]
+            planned[place], history = _with_stage(each, others, history, head, start)
     # 3. Refuse what cannot be trained.
-    _check_new(plan, existing, head)
-    if plan.due:
-        check_due(plan.stages, start, head, base)
+    if existing is not None and stages[0].after is None and stages[0].fork is None:
+        _need_below(existing, planned)
+    configs = {each.name: each.stage.config for each in planned}
+    change = Change(run, history, tuple(planned), configs, start)
+    if change.due:
+        if head is not None and any(each.state == "new" for each in planned):
+            head.verify()
+        check_due(change.stages, start, head, base)
+    return change
+
+
+def _stage_in(history: History, name: str) -> PlannedStage | None:
+    """Return the stage of a name in the plan, or one that was undone and is there still."""
+    entry = history.find(name)
+    undone = None if entry is None else history.stages.get(entry.identity or "")
+    return history.plan().find(name) or undone
+
+
+def _need_below(head: OpenState, planned: Sequence[StagePlan]) -> None:
+    """Raise RunError if new stages of a config would begin on a run without the finished ones."""
+    history, place = head.history, shlex.quote(str(head.run))
+    finished = [each.name for each in planned if each.state == "finished"]
+    missing = [name for name in finished if name not in history.plan().active]
+    if missing and any(each.state == "new" for each in planned):
+        whole = [e.key for e in history.entries if {*finished} <= history.below(e.key)]
+        raise RunError(
+            f"Cannot begin a stage on {head.key}, the current state of {head.run}: it does not "
+            f"include {missing[-1]}. Run chainlora undo {place} --to {[*missing, *whole][-1]}, "
+            "then repeat the command."
+        )
+
+
+def _has_stage(state: OpenState) -> bool:
+    return any(entry.key != START for entry in state.history.entries)
+
+
+def _with_stage(
+    planned: StagePlan,
+    others: Sequence[Stage],
+    history: History,
+    head: OpenState | None,
+    start: Start,
+) -> tuple[StagePlan, History]:
+    """Return a stage that knows where it stands, and the history with it as a new version."""
+    stage = planned.stage
+    is_extension = stage.after is not None or stage.fork is not None
+    is_beside, is_first = bool(stage.beside), not history.plan().stages
+    if not is_first and not is_extension:
+        is_beside = stands_beside(stage)
+    if is_beside and not is_first and not is_extension:
+        need_beside(stage, others, head, start)
+    plan = _with_undone(stage, history, head)
+    names, how = _below(stage, plan, history, head) if not is_beside else ((), None)
+    new = stage_of(stage.name, stage.config, names, how)
+    _need_free(history, new, head)
+    plan = plan.with_stage(new)
+    if not names:
+        how = plan.how.model_copy(update={"keep_conflicts": stage.config.data.keep_conflicts})
+        plan = plan.model_copy(update={"how": how})
+    words = f"{'extend' if is_extension else 'train'} {stage.name}"
+    planned = replace(planned, stage=replace(stage, beside=is_beside))
+    return planned, history.edited(plan, words)
+
+
+def _with_undone(stage: Stage, history: History, head: OpenState | None) -> Plan:
+    """Return the plan, with stages that were undone if a new stage stands on them."""
+    plan = history.plan()
+    if stage.after not in (None, head and head.key):
+        for entry in history.lineage(str(stage.after)):
+            undone = history.stages.get(entry.identity or "")
+            if undone is not None and plan.find(undone.name) is None:
+                plan = plan.with_stage(undone)
     return plan
 
 
-def _check_new(plan: Plan, existing: OpenState | None, head: OpenState | None) -> None:
-    """Warn of unfinished stages that new ones do not include; verify the head below new stages."""
-    new = [planned.name for planned in plan.due if planned.state == "new"]
-    if existing is not None and new:
-        names = {*plan.combined, *(planned.name for planned in plan.stages)}
-        for name in sorted(drafts_in(existing.run, existing.history).keys() - names):
-            logger.warning("stage %s is unfinished; %s does not include it", name, new[0])
-    if head is not None and new:
-        finished = [planned.stage for planned in plan.stages if planned.state == "finished"]
-        need_below(head.verify(), finished, plan.combined)
+def _below(
+    stage: Stage, plan: Plan, history: History, head: OpenState | None
+) -> tuple[tuple[str, ...], How | None]:
+    """Return the stages that a new one is trained on, and how they are put together."""
+    if stage.after in (None, head and head.key):
+        return plan.active, plan.how
+    entry = history.find(str(stage.after))
+    if entry is None or entry.key == START:
+        return (), None
+    if entry.kind == "combine":
+        lineage = [each for each in history.lineage(entry.key) if each.identity is not None]
+        return tuple(history.name_of(each) for each in lineage), entry.how
+    return (history.name_of(entry),), None
 
 
-def _with_entries(
-    stages: Sequence[StagePlan], start: Start, run: Path, existing: OpenState | None
-) -> Plan:
-    """Return a plan with the entries to declare."""
-    config, state = stages[0].stage.config, start.state
-    if existing is not None:
-        history = existing.history
-        has_stage = any(entry.key != START for entry in history.entries)
-        if history.unbuilt and not has_stage and stages[0].state == "new":
-            need_same_beginning(run, declared_config(run, history.unbuilt[0]), config)
-    else:
-        base = state.base if state is not None else Base(model=config.model, fingerprint="")
-        history = history_of_start(start, base, config, stages[0].name)
-    declaring = Declaring(history, run)
-    declaring.add_all(stages)
-    return plan_of(declaring, stages, start)
-
-
-def plan_of(declaring: Declaring, stages: Sequence[StagePlan] = (), start: Start = NOTHING) -> Plan:
-    """Return a plan that declares entries."""
-    return Plan(
-        tuple(stages),
-        start,
-        run=declaring.run,
-        history=declaring.before,
-        new=tuple(declaring.new),
-        keys=tuple(declaring.keys),
-        configs=declaring.configs,
-        target=declaring.target,
-    )
+def _need_free(history: History, new: PlannedStage, head: OpenState | None) -> None:
+    """Raise RunError if the name of a new stage is that of another entry."""
+    entry = history.find(new.name)
+    if entry is not None:
+        got = f"{new.name!r}, a {entry.kind} of {head and head.run}"
+        raise RunError("a stage must have a name of its own", got, "choose another")
 
 
 def _need_order(head: OpenState, stages: Sequence[Stage]) -> None:
-    """Raise RunError unless a config lists the run's trained stages first, in their order."""
-    if stages[0].after is not None:  # a stage of `extend`
+    """Raise RunError unless a config lists the run's stages first, in their order."""
+    if stages[0].after is not None or stages[0].fork is not None:  # a stage of `extend`
         return
-    run, history = head.run, head.history
-    lineage = head.lineage
-    entries = [e for e in history.own if e in lineage and e.has_config]
-    known = [entry.key for entry in entries if entry.kind == "stage"]
-    if entries and not known and stages[0].name not in {entry.key for entry in entries}:
+    run, plan = head.run, head.history.plan()
+    known = [stage.name for stage in plan.stages if stage.kind == "stage"]
+    known = [name for name in known if name not in head.history.copied]
+    ended = [entry.key for entry in head.history.entries if entry.has_config]
+    if plan.stages and not known and stages[0].name not in plan.names:
         rule = "the first stage of a config begins a run"
         remedy = f"add it by chainlora extend {shlex.quote(str(run))}, or choose another output"
-        raise RunError(rule, f"{run}, which has {entries[0].key}", remedy)
-    last = stages[-1].name
-    names = [s.name for s in stages if s.name in known or history.find(s.name) is None]
-    if history.find(last) is not None:
+        raise RunError(rule, f"{run}, which has {plan.names[0]}", remedy)
+    names = [s.name for s in stages if s.name in known or s.name not in (*ended, *plan.names)]
+    if stages[-1].name in plan.names:
         known = known[: len(names)]
     for place, name in enumerate(known):
         if names[place : place + 1] != [name]:
@@ -204,14 +217,25 @@ def _need_order(head: OpenState, stages: Sequence[Stage]) -> None:
 
 def _planned(stage: Stage, existing: OpenState | None) -> StagePlan:
     """Return a stage with its length, and with its state if it was begun; check both."""
+    known = existing and _stage_in(existing.history, stage.name)
     begun = existing and begun_stage(existing.run, stage.name, existing.history)
-    if begun is None:
-        _need_files(stage)
-        _warn_of_unread(stage)
-        return StagePlan(_with_length(stage, None))
+    if not known or existing is None:
+        stage = _with_length(stage, begun)
+        if begun is None:
+            _need_files(stage)
+            _warn_of_unread(stage)
+        return StagePlan(stage)
     stage = _with_length(stage, begun)
-    _need_same(stage, begun)
-    return StagePlan(stage, begun)
+    is_first = existing.history.plan().names[:1] == (stage.name,)
+    if not is_first and stage.beside is not None and stage.beside == bool(known.names):
+        rule = f"stage {stage.name!r} must stay where it was begun"
+        got = "it began on top of others" if known.names else "it began beside the others"
+        is_beside = str(not known.names).lower()
+        raise RunError(rule, got, f"set beside: {is_beside}, or choose another name by --name")
+    need_same(existing, known, stage.config, has_ended=begun is not None and begun.draft is None)
+    if begun is not None and begun.draft is not None:
+        check_plugins(known, existing.run, stage.config)
+    return StagePlan(replace(stage, beside=not known.names), begun)
 
 
 def _without_general(first: Stage) -> Stage:
@@ -289,28 +313,3 @@ def _unread(config: RunConfig) -> Iterator[tuple[str, str]]:
     elif train.compares and train.eval_every is None and len(config.chain.ranks) < 2:
         key = "keep_best" if train.keep_best else "early_stop"
         yield f"train.{key}", "on one link, evaluated at its end alone; set train.eval_every"
-
-
-def _need_same(stage: Stage, begun: OpenState) -> None:
-    """Raise ChainLoRAError if a begun stage differs from its config, or cannot resume."""
-    if isinstance(stage.config.start_data, StartData) and START not in begun.keepers:
-        raise RunError(
-            "`start_data` is read when a run begins",
-            f"some for {begun.run}, which keeps none",
-            f"leave it out, and call chainlora eval {shlex.quote(str(begun.run))} --matrix "
-            "--start-rows FILE",
-        )
-    compare(begun, stage.config, None if stage.name == MAIN else stage.name)
-    if begun.draft is not None:
-        check_plugins(begun, stage.config)
-
-
-def _start_of(first: StagePlan, existing: OpenState | None) -> Start:
-    """Return the start of the first stage: where it begins, or where it was begun."""
-    if existing is None:
-        source = first.stage.fork
-        return NOTHING if source is None else load_start(source)
-    if first.begun is not None:
-        return start_at(first.begun.parent)
-    key = existing.history.origin if first.stage.beside else first.stage.after
-    return start_at(existing if key is None else existing.at(key))

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from chainlora.errors import printable
-from chainlora.runs.history import START
+from chainlora.runs.entries import START
 from chainlora.training.events import (
     AlreadyFinished,
     EntryBuilt,

@@ -1,44 +1,40 @@
 """Rebuild an export from its lineage: the same bits from ``lineage.json``, the rows and the base.
 
-The entries of the lineage are declared in a new run, and built. Each must get the state that it
-had. Rows of the start are read or written again; they are not compared, but the states that are
-computed from them are.
+A new run gets the plan of the lineage. Each of its entries must get the state that it had. Rows of
+the base are read or written again; they are not compared, but the states that are computed from
+them are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from functools import partial
-from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
-from chainlora.config.data import StartData
 from chainlora.config.reading import leave_out_helpers, make_config, set_key
-from chainlora.config.schema import RunConfig
 from chainlora.config.staging import Stage
 from chainlora.config.template_names import refuse_paths
 from chainlora.errors import ConfigError, DataError, RunError
 from chainlora.models.finding import resolve_model
 from chainlora.models.identity import base_files
 from chainlora.runs.addresses import begun_stage, state_at
-from chainlora.runs.declaring import history_of_start, stage_entry
-from chainlora.runs.history import START, Base, Declared, Entry, History, Unbuilt
-from chainlora.runs.history_file import read_history, update_history
+from chainlora.runs.declaring import stage_of
+from chainlora.runs.entries import START, Entry
+from chainlora.runs.history import History
+from chainlora.runs.history_file import read_history
 from chainlora.runs.lineage import Lineage
 from chainlora.runs.loading_start import NOTHING
 from chainlora.runs.locks import writing
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import check_base
 from chainlora.runs.paths import exists_in
-from chainlora.runs.resuming import compare, source_digests
-from chainlora.training.building import carry_out
+from chainlora.runs.resuming import general_of, need_same, source_digests
 from chainlora.training.events import Listener
-from chainlora.training.placement import StagePlan
-from chainlora.training.plan import Plan
 from chainlora.training.processes import num_launched
-from chainlora.training.refusing import check_due, naming
+from chainlora.training.reconcile import Change, carry_out
+from chainlora.training.refusing import StagePlan, check_due, naming
 from chainlora.training.result import TrainResult
 
 _PLACES = {"output", "model", "task", "train", "validation", "test"}
@@ -56,18 +52,13 @@ def stages_of(lineage: Lineage, overrides: Sequence[tuple[str, Any]] = ()) -> li
     for entry in lineage.history.entries:
         _need_rebuildable(lineage, entry)
         if entry.kind == "stage":
-            stage = Stage(entry.key, make_config(configs[entry.key]), after=entry.parent)
+            stage = Stage(entry.key, make_config(configs[entry.key]))
             with naming(stage):
                 _check_rows(entry, stage)
             stages.append(stage)
     if not stages or stages[0].config.output is None:
         rule = "a lineage is trained again by stages, into a new folder"
         raise ConfigError(rule, "none", "add --output" if stages else "export another state")
-    start = lineage.history.find(START)
-    from_files = start is not None and start.training.sources
-    if from_files and not isinstance(stages[0].config.start_data, StartData):
-        rule = "Cannot train a lineage again without the stage that names the rows of the start"
-        raise RunError(rule, f"{stages[0].name}, its first one", "export a state with that stage")
     for model in {stage.config.model for stage in stages}:
         check_base(lineage.history.base, "the lineage", files=base_files(resolve_model(model)))
     return stages
@@ -102,7 +93,6 @@ def _need_rebuildable(lineage: Lineage, entry: Entry) -> None:
     reasons = {
         "it was imported": links and entry.kind == "import",
         "it was exported in training": entry.kind == "stage" and entry.key not in lineage.stages,
-        "links below it were pruned": entry.pruned,
         "its run had another name for it": any(facts.digest != d for d, facts in links),
     }
     if true := [reason for reason, is_true in reasons.items() if is_true]:
@@ -138,70 +128,75 @@ def rebuild(
 def _rebuilt(
     lineage: Lineage, stages: Sequence[Stage], run: Path, listener: Listener
 ) -> list[TrainResult | None]:
-    """Build a lineage in a run, which this process holds if it exists."""
+    """Compute a lineage in a run, which this process holds if it exists."""
     wanted, known = lineage.history, None
     if exists_in(run):
         known = read_history(run)
-        keys = [entry.key for entry in (*known.entries, *known.unbuilt)]
-        if others := [key for key in keys if wanted.find(key) is None]:
+        names = [*known.plan().names, *(e.key for e in known.entries if e.key != START)]
+        others = [
+            key for key in names if wanted.find(key) is None and not known_combined(known, key)
+        ]
+        if others:
             rule, got = "`output` must be new, or of this lineage", f"{others[0]} in {run}"
             raise RunError(rule, got, "choose another output")
-    plan = _plan(lineage, stages, run, known)
+    change = _change(lineage, stages, run, known)
     base = OpenBase.of_config(stages[0].config, None if known is None else run)
-    if plan.due:
-        check_due(plan.stages, NOTHING, None if known is None else state_at(run, known), base)
+    if change.due:
+        check_due(change.stages, NOTHING, None if known is None else state_at(run, known), base)
     check = partial(_check_bits, run, wanted)
-    results = carry_out(plan, listener, base=base, after=check)
-    update_history(run, methodcaller("moved", wanted.head))
+    results = carry_out(change, listener, base=base, after=check)
     return [results.get(stage.name) for stage in stages]
 
 
-def _plan(lineage: Lineage, stages: Sequence[Stage], run: Path, known: History | None) -> Plan:
-    """Return a plan that declares the entries of a lineage; `known` is the run's history."""
-    wanted, by_name = lineage.history, {stage.name: stage for stage in stages}
-    first = stages[0].config
+def known_combined(history: History, key: str) -> bool:
+    """Say whether an entry is a combination, whose name may be another one in a lineage."""
+    entry = history.find(key)
+    return entry is not None and entry.kind == "combine"
+
+
+def _change(lineage: Lineage, stages: Sequence[Stage], run: Path, known: History | None) -> Change:
+    """Return the change that makes a run of the plan of a lineage."""
+    plan, by_name = lineage.history.plan(), {stage.name: stage for stage in stages}
     planned = [StagePlan(stage, begun_stage(run, stage.name, known)) for stage in stages]
-    for stage_plan in planned:
-        if stage_plan.begun is not None:
-            compare(stage_plan.begun, stage_plan.stage.config, stage_plan.name)
-    if wanted.find(START) is None:
-        first = first.model_copy(update={"start_data": "none"})
-    history = known or history_of_start(
-        NOTHING, Base(model=first.model, fingerprint=""), first, stages[0].name
-    )
-    new = [
-        _declared(entry, by_name, wanted, first)
-        for entry in wanted.entries
-        if history.known(entry.key) is None
-    ]
-    keys = tuple(entry.key for entry in wanted.entries)
     configs = {stage.name: stage.config for stage in stages}
-    target = wanted.head if new else None
-    return Plan(tuple(planned), NOTHING, run, history, tuple(new), keys, configs, target)
-
-
-def _declared(
-    entry: Entry, stages: Mapping[str, Stage], wanted: History, first: RunConfig
-) -> Unbuilt:
-    """Return the declaration of an entry; `first` is the config of the run's first stage."""
-    if entry.kind == "stage":
-        declared = stage_entry(entry.key, stages[entry.key].config, entry.parent, entry.key)
-        return declared.model_copy(update={"unit": entry.unit})
-    known = {name: getattr(entry, name) for name in Declared.model_fields}
-    config = first.model_dump(mode="json") if entry.kind == "import" else {}
-    return Unbuilt(**known, config=config)
+    if known is not None and known.plan().stages:
+        head = state_at(run, known)
+        for each in planned:
+            own = known.plan().find(each.name)
+            if own is not None:
+                ended = each.begun is not None and each.begun.draft is None
+                need_same(head, own, each.stage.config, has_ended=ended)
+        return Change(run, known, tuple(planned), configs)
+    new = []
+    for stage in plan.stages:
+        config = by_name[stage.name].config
+        update = stage_of(stage.name, config, stage.names, stage.how)
+        new.append(update.model_copy(update={"draws": stage.draws}))
+    first = stages[0].config
+    general = None if lineage.history.general is None else general_of(first)
+    base = lineage.history.base.model_copy(update={"model": first.model})
+    history = History(base=base, hold=first.chain.hold, seed=first.train.seed, general=general)
+    history = history.model_copy(update={"tokenizer": {}})
+    history = history.edited(plan.model_copy(update={"stages": tuple(new)}), "train lineage.json")
+    return Change(run, history, tuple(planned), configs)
 
 
 def _check_bits(run: Path, wanted: History, built: Entry) -> None:
-    """Raise RunError unless a built entry has the state and files of the lineage."""
+    """Raise RunError unless an entry has the state and files of the lineage."""
     entry = wanted.find(built.key)
-    assert entry is not None
-    if entry.state != built.state or not entry.files.items() <= built.files.items():
+    if entry is None and built.kind == "combine":  # it may have another name there
+        entry = next((e for e in wanted.entries if e.state == built.state), None)
+    if (
+        entry is None
+        or entry.state != built.state
+        or not entry.files.items() <= built.files.items()
+    ):
         trained = [e.training.versions for e in wanted.entries if e.training.versions]
-        known = entry.training.versions or dict(*trained[:1])
+        known = (entry and entry.training.versions) or dict(*trained[:1])
         versions = ", ".join(f"{name} {value}" for name, value in known.items())
+        digest = "" if entry is None else f" than {entry.state.digest}"
         raise RunError(
-            f"Cannot rebuild: {entry.key} came to other bits than the lineage's",
-            f"another state than {entry.state.digest} in {run}",
+            f"Cannot rebuild: {built.key} came to other bits than the lineage's",
+            f"another state{digest} in {run}",
             f"use a machine of the same kind, as many threads and the same versions: {versions}",
         )

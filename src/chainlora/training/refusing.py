@@ -9,14 +9,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import LoggerType
 
 from chainlora import files
-from chainlora.chain.adapters import check_targets
-from chainlora.config.schema import RunConfig, StartData
+from chainlora.chain.adapters import check_targets, matched_modules
+from chainlora.chain.layerwise import outside_layers
+from chainlora.config.schema import PAIR_LOSSES, LinkConfig, RunConfig, StartData
 from chainlora.config.staging import Stage
 from chainlora.data.division import can_read_again
 from chainlora.data.kept import keeps_general
@@ -28,8 +31,11 @@ from chainlora.data.splits import (
     reported_of,
 )
 from chainlora.errors import ChainLoRAError, ConfigError, RunError
+from chainlora.evaluation.combination import ON_TOP, need_combinable
 from chainlora.models.loading import accelerator
-from chainlora.runs.history import START
+from chainlora.runs.draft import Draft
+from chainlora.runs.entries import BASE, START
+from chainlora.runs.links import need_low_rank_sum
 from chainlora.runs.loading_start import NOTHING, Start
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.paths import exists_in
@@ -37,10 +43,34 @@ from chainlora.runs.state import OpenState
 from chainlora.training.batches import make_batches
 from chainlora.training.objectives import check_names
 from chainlora.training.optimizers import check_optimizer
-from chainlora.training.placement import StagePlan
 from chainlora.training.processes import check_shards, num_launched, wants_shards
 
 _GIVE_ROWS = "give some as `start_data`, or to a run by eval --matrix --start-rows FILE"
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage of a command, and how far it has come."""
+
+    stage: Stage
+    begun: OpenState | None = None  # None: new
+
+    @property
+    def name(self) -> str:
+        return self.stage.name
+
+    @property
+    def draft(self) -> Draft | None:
+        return None if self.begun is None else self.begun.draft
+
+    @property
+    def state(self) -> Literal["finished", "stopped", "new"]:
+        return "new" if self.begun is None else "stopped" if self.draft else "finished"
+
+    @property
+    def step(self) -> int:
+        """Return the step at which a stopped stage resumes."""
+        return self.draft.position.step if self.draft else 0
 
 
 def check_due(
@@ -57,9 +87,9 @@ def check_due(
         files.check_writable(run)
     is_new_run = head is None and start is NOTHING  # otherwise the base is named relative to it
     base = OpenBase.of_config(first, None if is_new_run else run).or_shared(base)
-    origin = start if head is None else Start(state=head.at(head.history.origin))
-    losses = _losses(origin) | _given(first, start, due[0].state == "new" and head is None)
-    below = dict(losses) if head is None else _losses(Start(state=head))
+    losses = _losses(Start(state=None if head is None else head.at(BASE)))
+    losses |= _given(first, start, due[0].state == "new" and head is None)
+    below = losses | _losses(start if head is None else Start(state=head))
     # work that comes before the rows of a stage are read: general rows, earlier stages
     is_early = len(due) > 1 or (head is None and keeps_general(first) and run is not None)
     tokenizer = start.tokenizer if head is None else head.tokenizer()
@@ -158,8 +188,7 @@ def _losses(below: Start) -> dict[str, str | None]:
 def _given(first: RunConfig, start: Start, is_new: bool) -> dict[str, str | None]:
     """Return the loss of the rows that a new run gets for its start, given or general ones."""
     if not isinstance(first.start_data, StartData) or not is_new:
-        history = None if start.state is None else start.state.history
-        is_due = history is None or history.find_unbuilt(START) is not None
+        is_due = start.state is None or start.state.history.general is not None
         return {START: "completion"} if is_new and is_due and keeps_general(first) else {}
     is_same_run = start.state is not None and exists_in(Path(first.output or "").expanduser())
     if START in start.kept and is_same_run:
@@ -198,6 +227,74 @@ def _need_rows(stage: Stage, below: Mapping[str, str | None]) -> None:
             ", ".join(f"{name}: {loss}" for name, loss in losses.items()) or "no earlier stage",
             "leave data.replay out",
         )
+
+
+# --- beside or on top ---
+
+
+def stands_beside(stage: Stage) -> bool:
+    """Say whether a new stage stands beside the others: by its key, else if it learns answers.
+
+    Raises ConfigError if it reads rows of earlier stages and has no key.
+    """
+    data = stage.config.data
+    keys = ["data.replay"] * bool(data.replay) + ["data.new_rows_only"] * data.new_rows_only
+    if stage.beside is None and keys:
+        rule = "a stage that reads rows of earlier stages says where it stands"
+        remedy = "add --on-top, or --beside, which leaves it the rows of the start alone"
+        got = f"{keys[0]} of {stage.name} without `beside`"
+        raise ConfigError(rule, got, f"{remedy} (in a config: beside: false or true)")
+    is_answers = learned_by(data, stage.config.train.loss) not in PAIR_LOSSES
+    return is_answers if stage.beside is None else stage.beside
+
+
+def need_beside(
+    stage: Stage, before: Sequence[Stage], head: OpenState | None, start: Start = NOTHING
+) -> None:
+    """Raise ChainLoRAError for a new stage that cannot be combined with the others.
+
+    `before` are unfinished stages of the same command. `head` and `start` are those of `placed`.
+    """
+    for each in (*before, stage):
+        _need_keys(each)
+    links = [*stage.config.chain.links()]
+    if head is None:
+        for link in start.links:
+            need_low_rank_sum(link.config, "start", ON_TOP)
+    else:
+        parts = [head.at(key) for key in head.history.parts(head.key)]
+        need_combinable(parts)
+        links += [facts.link_config() for part in parts for facts in part.facts]
+    need_in_layers(_base_of(stage, head).skeleton, links, ON_TOP)
+
+
+def _base_of(stage: Stage, head: OpenState | None) -> OpenBase:
+    """Return the base of a run, or the one that a stage will begin it on."""
+    if head is not None:
+        return OpenBase.of_state(head)
+    output = stage.config.output
+    return OpenBase.of_config(stage.config, None if output is None else Path(output))
+
+
+def need_in_layers(skeleton: Any, links: Sequence[LinkConfig], remedy: str) -> None:
+    """Raise ConfigError for links outside the decoder layers, which are not combined."""
+    names = [name for link in dict.fromkeys(links) for name in matched_modules(skeleton, link)]
+    if outside := outside_layers(skeleton, names):
+        rule = "stages beside each other have all their links in decoder layers"
+        raise ConfigError(rule, outside[0], remedy)
+
+
+def _need_keys(stage: Stage) -> None:
+    """Raise ConfigError for a stage with keys that prevent a combination."""
+    data, chain = stage.config.data, stage.config.chain
+    keys = {
+        "chain.lora_bias": chain.lora_bias,
+        "data.keep_rows: false": not data.keep_rows,
+    }
+    if wrong := [key for key, is_set in keys.items() if is_set]:
+        rule = "a stage beside others is combined with them"
+        got = f"{wrong[0]} of {stage.name}"
+        raise ConfigError(rule, got, f"leave it out, or {ON_TOP}")
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from chainlora.models.modes import kept_random_state
 from chainlora.models.quantizing import is_quantized_model
 from chainlora.runs.addresses import state_at
 from chainlora.runs.draft import Progress
-from chainlora.runs.history import RESULT
+from chainlora.runs.entries import RESULT
 from chainlora.runs.history_file import read_history
 from chainlora.runs.loading_start import NOTHING, Start, fitted
 from chainlora.runs.open_base import OpenBase
@@ -97,7 +97,7 @@ def _prepared(setup: _Setup, base: OpenBase | None, undo: ExitStack) -> Run:
     begun = setup.begun = None if work is None else work.begun()
     base = _open_base(setup, base)
     with processes.in_turn():
-        _open_files(base, work, config)
+        _open_files(base, work)
     # 2. Rows, before the model: a bad row is reported early.
     tokenizer = base.tokenizer(start.tokenizer)
     with processes.in_turn():
@@ -157,10 +157,10 @@ def _open_base(setup: _Setup, shared: OpenBase | None) -> OpenBase:
     return base.or_shared(shared if setup.processes.count == 1 else None)
 
 
-def _open_files(base: OpenBase, work: Work | None, config: RunConfig) -> None:
-    """Lock the stage, then find and check the files of its base, without loading them."""
+def _open_files(base: OpenBase, work: Work | None) -> None:
+    """Check the files of a begun stage, then find and check those of its base; load nothing."""
     if work is not None:
-        work.open(config)
+        work.open()
     files = base.files  # may download them
     if work is not None:
         work.check_base_files(files)
@@ -192,9 +192,9 @@ def _read_rows(setup: _Setup, tokenizer: Any, context: int, earlier: dict[str, K
 def _kept_beside(run: Path, stage: str) -> dict[str, Kept]:
     """Return the kept rows of all stages that a new stage is trained on or combined with."""
     history = read_history(run)
-    target = history.target
-    keys = [stage] if target is None or stage not in history.below(target) else [stage, target]
-    return state_at(run, history, history.head).kept(keys)
+    others = [name for name in history.plan().active if history.find(name) is not None]
+    kept = state_at(run, history).kept(others) if others else {}
+    return {name: rows for name, rows in kept.items() if name != stage}
 
 
 def _put_chain_on(base: OpenBase, config: RunConfig, processes: Processes) -> Chain:

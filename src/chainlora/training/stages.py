@@ -1,13 +1,13 @@
-"""Train the stages of a run: `chainlora.train`, `extend` and `add`.
+"""Train the stages of a run: `chainlora.train`, `extend`, `add` and `combine`.
 
-Every call takes four steps:
-1. plan: `make_plan` verifies finished stages and refuses bad input before anything is written;
-2. declare: `runs.declaring.declare` writes the new entries into ``history.json``, without a state;
-3. build: `building.carry_out` trains stages and solves combinations, so that each gets its state;
-4. score: `_score` scores kept rows in the new states.
+Every call takes three steps:
+1. change: `make_plan`, `addition` or `edited` make a new version of the run's plan, and refuse bad
+   input before anything is written;
+2. `reconcile.carry_out` writes the version and computes what it lacks;
+3. `_score` scores kept rows in the new states.
 
-Repeat a call that was stopped: it declares nothing again and builds only the missing entries.
-Design: docs/decisions/0034-entries-are-declared-then-built.md.
+Repeat a call that was stopped: it makes no new version and computes only what is missing.
+Design: docs/decisions/0043-a-plan-and-its-products.md.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import logging
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,36 +23,41 @@ from chainlora.config.reading import make_config, read_config
 from chainlora.config.schema import RunConfig
 from chainlora.config.staging import Stage, check_alone, has_stages, make_stages, section_of
 from chainlora.errors import ConfigError, RunError
-from chainlora.evaluation.combination import has_general, solved_combination
+from chainlora.evaluation.combination import edited, has_general
 from chainlora.evaluation.forgetting import check_forgetting, need_scored_rows
-from chainlora.evaluation.stage_scores import HARM, columns_after_training, stage_matrix
-from chainlora.runs.addresses import open_run
+from chainlora.evaluation.stage_scores import HARM, Progress, columns_after_training, stage_matrix
+from chainlora.runs.addresses import open_run, state_at
+from chainlora.runs.beginning import fill_fork, fork_of
 from chainlora.runs.changes import whole_run
-from chainlora.runs.history import MAIN
+from chainlora.runs.documents import write_part
+from chainlora.runs.draft import drafts_in
+from chainlora.runs.entries import MAIN
+from chainlora.runs.export import empty_folder, filled_folder
+from chainlora.runs.history import History
 from chainlora.runs.history_file import read_history
-from chainlora.runs.loading_start import with_begun
-from chainlora.runs.locks import writing
+from chainlora.runs.loading_start import NOTHING, with_begun
+from chainlora.runs.locks import Scratch, writing
 from chainlora.runs.open_base import OpenBase
-from chainlora.runs.paths import exists_in, split_address
-from chainlora.runs.pruning import Pruning, prune_stage
+from chainlora.runs.paths import HISTORY, exists_in, split_address
+from chainlora.runs.pruning import Pruning, pruning_of, purge, without_stage
 from chainlora.runs.state import OpenState
 from chainlora.showing import Shown
 from chainlora.training.addition import addition
-from chainlora.training.building import carry_out, reader, solver
 from chainlora.training.events import (
     AlreadyFinished,
     EntryBuilt,
     Event,
     ForgettingHeld,
+    LayerSolved,
     Listener,
     StageBegins,
 )
 from chainlora.training.extending import extension
 from chainlora.training.loop import Loop, train_stage, tuned
-from chainlora.training.placement import Declaring
-from chainlora.training.plan import Plan, make_plan, plan_of
+from chainlora.training.plan import make_plan
 from chainlora.training.processes import is_first_launched, wait_for_all
 from chainlora.training.progress import progress_listener
+from chainlora.training.reconcile import Change, carry_out, reader, settled
 from chainlora.training.result import TrainResult, result_of
 
 logger = logging.getLogger(__name__)
@@ -259,25 +263,24 @@ def train_stages(
 
 
 def _build_and_score(
-    plan: Plan,
+    change: Change,
     listener: Listener,
     base: OpenBase | None,
     max_forgetting: float | None = None,
     matrix: bool = True,
     loop: Loop = tuned,
 ) -> dict[str, TrainResult]:
-    """Build the entries of a plan, score them, and undo them if they forget too much."""
+    """Carry a change out, score its entries, and undo it if it forgets too much."""
+    run = change.run
     if max_forgetting is not None:
-        need_scored_rows(plan.run, plan.history, max_forgetting)
-        if plan.due and plan.target is None:
-            rule = "--max-forgetting compares the run before and after a command"
-            raise RunError(rule, f"{plan.run}, which does not change", "leave it out")
-    results = carry_out(plan, listener, base=base, loop=loop)
+        before = read_history(run) if exists_in(run) else change.history
+        need_scored_rows(run, before, max_forgetting)
+    results = carry_out(change, listener, base=base, loop=loop)
     if matrix:
-        _score(plan.run, listener, base)
+        _score(run, listener, base)
     if max_forgetting is not None and is_first_launched():
-        names = [planned.name for planned in plan.stages]
-        if held := check_forgetting(plan.run, names, max_forgetting, reader(listener), base):
+        names = [planned.name for planned in change.stages]
+        if held := check_forgetting(run, names, max_forgetting, reader(listener), base):
             listener(ForgettingHeld(0, held))
     return results
 
@@ -315,7 +318,7 @@ def train_run(
     with _held(config):
         plan = make_plan([Stage(stage, config)], resume=resume, base=base)
         if config.output is None:
-            return train_stage(stage, config, plan.start, listener, base=base, loop=loop)
+            return train_stage(stage, config, NOTHING, listener, base=base, loop=loop)
         result = _build_and_score(plan, without_stages, base, loop=loop).get(stage)
     if result is None:
         result = result_of(config, stage)
@@ -323,32 +326,130 @@ def train_run(
     return result
 
 
+def combine(
+    run: str | Path,
+    names: str | Path | Sequence[str | Path] = (),
+    *,
+    output: str | Path | None = None,
+    progress: Progress | None = None,
+    listener: Listener | None = None,
+    base: OpenBase | None = None,
+    **how: Any,
+) -> OpenState:
+    """Combine states of a run, and other runs. The run becomes the combination.
+
+    Args:
+        run: the run.
+        names: stages of the run, each with its ancestors, and other runs on the same base, whose
+            stages are copied into this run. By default the parts of the run are combined; if it is
+            not a combination, all stages that no other stage was trained on.
+        output: a new folder: the combination becomes a new run, and this one does not change.
+        progress: called as ``progress(parts, layers_done, layers)``.
+        listener: see `train`.
+        base: the base, if it is open already.
+        rank: rank of the combination, which is one link; by default the sum of the ranks of all
+            links of the parts, at least 16.
+        importance: a weight for the rows of a part, by its name, or for all parts from another run,
+            by the name given to that run; by default 1.
+        general: combine the base too, by the rows that were kept for it; by default true.
+        keep_conflicts: use rows even if their prompt has another answer in a later stage.
+        steps: train the combined link for this many steps on kept rows; a killed call resumes.
+
+    Returns:
+        The new state.
+
+    Raises:
+        RunError: fewer than two parts, a part that another one was trained on, stages without kept
+            rows, links that are not low-rank sums, a model that cannot be solved layer by layer, or
+            runs with another base, precision, tokenizer or chat template.
+    """
+    folder, listener = whole_run(run), listener or _ignore
+    if progress is not None:
+        listener = _telling(progress)
+    if output is None:
+        with writing(folder):
+            history = settled(folder, read_history(folder))
+            _need_idle(folder, history, "combine")
+            carry_out(Change(folder, edited(folder, history, names, **how)), listener, base=base)
+        return open_run(folder)
+    target = empty_folder(output)
+    first, *others = _addresses(folder, names)
+    with filled_folder(target) as scratch:
+        state = open_run(first)
+        history = fill_fork(scratch, state, fork_of(state))
+        write_part(scratch / HISTORY, history)
+        change = Change(scratch, edited(scratch, history, [state.key, *others], **how))
+        carry_out(change, listener, base=base)
+    return open_run(target)
+
+
+def _addresses(run: Path, names: str | Path | Sequence[str | Path]) -> list[str]:
+    """Return the addresses of parts: those of a run by its name, others as they are."""
+    history = read_history(run)
+    given = [str(name) for name in ([names] if isinstance(names, str | Path) else names)]
+    own = [name for name in given if history.find(name) is not None]
+    own = own or history.parts(history.head)
+    return [*(f"{run}@{key}" for key in own), *(name for name in given if name not in own)]
+
+
+def _telling(progress: Progress) -> Listener:
+    """Return a listener that calls `progress` with the layers of a combination."""
+
+    def listener(event: Event) -> None:
+        if isinstance(event, LayerSolved):
+            progress(event.parts, event.layer, event.layers)
+
+    return listener
+
+
+def _need_idle(run: Path, history: History, verb: str) -> None:
+    """Raise RunError while a stage is in training."""
+    if drafts := drafts_in(run, history):
+        name, place = next(iter(drafts)), shlex.quote(str(run))
+        rule = f"Cannot {verb}: stage {name} is unfinished"
+        remedy = f"chainlora train {place} finishes it, chainlora undo {place} drops it"
+        raise RunError(rule, drafts[name], remedy)
+
+
 def prune(run: str | Path, name: str, *, listener: Listener | None = None) -> Pruning:
-    """Delete a stage, after the others are combined again (`prune_stage`)."""
-    with writing(whole_run(run)):
-        solve = partial(solved_combination, progress=solver(listener or _ignore))
-        return prune_stage(run, name, solve)
+    """Delete a stage for good: links, rows, config, records, result, scores. Return what went.
+
+    What is left is checked and combined first. So an error or a kill leaves the run as it was, or
+    without the stage; the same call again deletes the rest.
+
+    Raises what `plan_pruning` raises, RunError if what is left is damaged, and FileError for a file
+    that cannot be deleted.
+    """
+    folder = whole_run(run)
+    with writing(folder):
+        history = settled(folder, read_history(folder))
+        pruning = pruning_of(folder, history, name)
+        after = without_stage(folder, history, name)
+        for key in pruning.left:
+            if after.find(key) is not None:
+                state_at(folder, after, key).verify()
+        drafts = drafts_in(folder, history)
+        carry_out(Change(folder, after, pruned=name), listener or _ignore)
+        if name in drafts:
+            Scratch(folder, name).undo()
+        purge(folder, name)
+    return pruning
 
 
 def build_run(
     run: str | Path, *, listener: Listener | None = None, base: OpenBase | None = None
 ) -> list[TrainResult]:
-    """Build all declared entries of a run that have no state; return the results of its stages."""
+    """Compute what a run lacks; return the results of its stages."""
     folder = whole_run(run)
     with writing(folder) if is_first_launched() else nullcontext():
-        return _built(folder, listener or _ignore, base)
-
-
-def _built(folder: Path, listener: Listener, base: OpenBase | None) -> list[TrainResult]:
-    """Build the declared entries of a run, which this process holds."""
-    declaring = Declaring(read_history(folder), folder)
-    for entry in declaring.history.unbuilt:
-        if plugins := entry.config.get("plugins"):  # only the command that declared it names them
-            rule = "chainlora train RUN runs no plug-ins"
-            got = f"{', '.join(plugins)} for {entry.key}"
-            raise RunError(rule, got, f"repeat the command that declared {entry.key}")
-    declaring.keys = [entry.key for entry in declaring.history.unbuilt]
-    return [*_build_and_score(plan_of(declaring), listener, base).values()]
+        history = read_history(folder)
+        for stage in history.plan().stages:
+            if stage.plugins and history.find(stage.name) is None:
+                rule = "chainlora train RUN runs no plug-ins"
+                got = f"{', '.join(stage.plugins)} for {stage.name}"
+                raise RunError(rule, got, f"repeat the command that began {stage.name}")
+        change = Change(folder, history)
+        return [*_build_and_score(change, listener or _ignore, base).values()]
 
 
 def _score(run: Path, listener: Listener, base: OpenBase | None) -> None:

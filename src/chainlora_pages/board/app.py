@@ -25,7 +25,7 @@ from starlette.responses import PlainTextResponse
 
 from chainlora.errors import ChainLoRAError
 from chainlora.runs.addresses import open_run
-from chainlora.runs.changes import redo, undo
+from chainlora.runs.changes import earlier_of, later_of, redo, undo
 from chainlora.runs.paths import is_run
 from chainlora.runs.state import OpenState
 from chainlora_pages.board.desk import Desk, added, in_use
@@ -260,7 +260,7 @@ def _state_widgets(run: str | None) -> tuple[Any, ...]:
     history = state.history
     entries = [(entry.key, entry.state.digest) for entry in history.entries]
     version = f"{run} {state.key} {entries} {bool(state.facts)}"
-    back, forth = history.past[-1:], history.future[:1]
+    back, forth = ([*known(history)][:1] for known in (earlier_of, later_of))
     names = [
         f"Undo: {added(history, back[0], state.key)}" if back else "Undo",
         f"Redo: {added(history, state.key, forth[0])}" if forth else "Redo",

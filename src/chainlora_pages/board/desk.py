@@ -19,9 +19,10 @@ from chainlora.evaluation.stage_scores import Cell, Scorer
 from chainlora.evaluation.training_rows import RowFacts, training_rows
 from chainlora.models.finding import resolve_model
 from chainlora.runs.addresses import open_run
-from chainlora.runs.changes import undo
+from chainlora.runs.changes import earlier_of, later_of, undo
+from chainlora.runs.entries import BASE
 from chainlora.runs.exported import exporter_to
-from chainlora.runs.history import BASE, History
+from chainlora.runs.history import History
 from chainlora.runs.opening import tokenizer_of
 from chainlora.runs.paths import split_address
 from chainlora.runs.state import OpenState
@@ -90,10 +91,10 @@ class Desk:
     @property
     def before(self) -> str:
         """Return the entry that `undo` goes to; if the run is at its base, the entry of `redo`."""
-        past, future = self.history.past, self.history.future
         if self.now.key == BASE:
-            return next(iter(future), self.history.entries[-1].key)
-        return _or_base(self.now.at(past[-1])).key if past else BASE
+            return next(iter(later_of(self.history)), self.history.entries[-1].key)
+        earlier = [*earlier_of(self.history)]
+        return _or_base(self.now.at(earlier[0])).key if earlier else BASE
 
     def at(self, key: str) -> OpenState:
         """Return the state of an entry."""

@@ -13,9 +13,9 @@ from statistics import median
 
 from chainlora.errors import ChainLoRAError
 from chainlora.runs.addresses import begun_stage, open_run, state_at
-from chainlora.runs.changes import MATRIX
+from chainlora.runs.changes import MATRIX, has_work
 from chainlora.runs.draft import DRAFT, drafts_in
-from chainlora.runs.history import RECORDS
+from chainlora.runs.entries import RECORDS
 from chainlora.runs.history_file import read_history
 from chainlora.runs.locks import is_held
 from chainlora.runs.paths import HISTORY, is_run, split_address, stage_folder
@@ -67,7 +67,7 @@ def standing_of(run: Path) -> dict[str, str]:
         texts = dict(zip(keys, _standing(run, name, *stamps), strict=True))
     except ChainLoRAError:
         return dict.fromkeys(keys, _NONE) | {"state": "cannot be read"}
-    if texts["state"] == "done" and read_history(run).unbuilt:  # such as a combination
+    if texts["state"] == "done" and has_work(read_history(run)):  # such as a combination
         texts["state"] = "training"
     if texts["state"] == "training" and not is_held(run):
         texts["state"] = "interrupted"

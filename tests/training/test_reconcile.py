@@ -1,4 +1,7 @@
-"""A plan is edited, products agree with it: any order of commands, killed at any file operation."""
+"""Commands edit a plan, entries agree with it: in any order, killed at any file operation.
+
+The entries are texts (`training.making`), so that thousands of steps take seconds.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +9,36 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 
 import pytest
 from faults.injection import Injection
 from faults.lives import live
-from hypothesis import HealthCheck, settings, strategies
+from hypothesis import HealthCheck, Phase, settings, strategies
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from chainlora.errors import ChainLoRAError, RunError, TrainingError
-from chainlora.runs.products import Made, Versions, read_versions
+from chainlora.runs.changes import has_work, redo, undo
+from chainlora.runs.draft import drafts_in
+from chainlora.runs.history import History
+from chainlora.runs.history_file import read_history
+from chainlora.runs.hub import push_run
+from chainlora.runs.locks import writing
+from chainlora.runs.pruning import purge, without_stage
 from chainlora.runs.recipes import How
-from chainlora.runs.reconcile import command, current, reconcile, redo, send, undo
-from runs.making import (
+from chainlora.training.reconcile import Change, carry_out, settled
+from training.making import (
     EXECUTE,
     Wanted,
     begin,
+    entries_of,
     everything_in,
+    is_now,
     names_in,
-    products_of,
     stage,
     text_of,
 )
@@ -36,13 +48,13 @@ FULL = bool(os.environ.get("CHAINLORA_FULL"))
 NAMES = ("alpha", "bravo", "charlie", "delta")
 names = strategies.sampled_from(NAMES)
 kills = strategies.none() | strategies.integers(0, 70)  # the file operation at which it dies
-Edit = Callable[[Versions], Versions]
+Edit = Callable[[History], History]
 
 
 def extending(name: str, on: tuple[str, ...] | None = (), **keys: str) -> Edit:
     """Return the edit of `extend`: beside the others, on some, or (None) on all."""
 
-    def edit(history: Versions) -> Versions:
+    def edit(history: History) -> History:
         plan = history.plan()
         if plan.find(name) is not None:
             return history
@@ -54,33 +66,32 @@ def extending(name: str, on: tuple[str, ...] | None = (), **keys: str) -> Edit:
 
 
 def combining(chosen: tuple[str, ...], **keys: object) -> Edit:
-    def edit(history: Versions) -> Versions:
+    def edit(history: History) -> History:
         plan = history.plan()
         return history.edited(plan.combined(chosen or plan.active, How(**keys)), "combine")
 
     return edit
 
 
-def pruning(name: str) -> Edit:
-    def edit(history: Versions) -> Versions:
-        plan = history.plan()
-        marks = [own.identity for own in plan.stages if own.name in plan.standing_on([name])]
-        return history.edited(plan.without([name]), f"prune {name}", marks)
-
-    return edit
+def build(run: Path) -> None:
+    carry_out(Change(run, read_history(run)), lambda event: None, execute=EXECUTE)
 
 
-def do(run: Path, words: str, edit: Edit) -> Versions:
-    return command(run, words, edit, EXECUTE, finishes=words.startswith("extend"))
+def do(run: Path, words: str, edit: Edit) -> None:
+    """Do what a command does, with texts in place of a model."""
+    with writing(run):
+        history = settled(run, read_history(run))
+        if (drafts := drafts_in(run, history)) and not words.startswith("extend"):
+            raise RunError(f"{next(iter(drafts))} is unfinished")
+        carry_out(Change(run, edit(history)), lambda event: None, execute=EXECUTE)
 
 
-def is_now(run: Path) -> list[str]:
-    """What the run is: the links of the newest version that is complete."""
-    history = read_versions(run)
-    place = current(history)
-    recipe = history.recipes(place).root
-    product = Made(history).product(recipe)
-    return [] if product is None else text_of(run, product.state)
+def prune(run: Path, name: str) -> None:
+    with writing(run):
+        history = settled(run, read_history(run))
+        change = Change(run, without_stage(run, history, name), pruned=name)
+        carry_out(change, lambda event: None, execute=EXECUTE)
+        purge(run, name)
 
 
 # --- examples ---
@@ -102,11 +113,12 @@ def test_what_each_command_makes_of_a_run(tmp_path):
     steps.append(("combine", combining(("alpha", "charlie"), rank=4), want))
     want = replace(want, stages=(*want.stages, ("echo", ("bravo",), None)))
     steps.append(("extend echo", extending("echo", ("bravo",)), want))
-    steps.append(("prune alpha", pruning("alpha"), want.without("alpha")))
     for words, edit, expected in steps:
         do(run, words, edit)
         assert is_now(run) == expected.texts(), words
-    assert read_versions(run).plan().names == ("bravo", "charlie", "echo")
+    prune(run, "alpha")
+    assert is_now(run) == want.without("alpha").texts()
+    assert read_history(run).plan().names == ("bravo", "charlie", "echo")
     assert names_in(run, "alpha") == names_in(run, "pairs") == []
 
 
@@ -115,11 +127,10 @@ def test_a_later_rank_trains_nothing_again(tmp_path):
     for name in ("alpha", "bravo"):
         do(run, f"extend {name}", extending(name))
     do(run, "extend pairs", extending("pairs", None))
-    trained = {k for k, p in products_of(run).items() if p.kind == "train"}
-    do(run, "extend charlie", extending("charlie"))
+    before = [entry for entry in entries_of(run) if entry.kind == "stage"]
     do(run, "combine", combining((), rank=2))
-    assert trained < {k for k, p in products_of(run).items() if p.kind == "train"}
-    assert len([p for p in products_of(run).values() if p.kind == "train"]) == 4
+    do(run, "combine", combining(("alpha", "bravo"), rank=2))
+    assert [entry for entry in entries_of(run) if entry.kind == "stage"] == before
 
 
 def test_one_part_is_itself_or_combined_with_the_origin(tmp_path):
@@ -129,23 +140,22 @@ def test_one_part_is_itself_or_combined_with_the_origin(tmp_path):
     assert json.loads(alone)[0] == "train"
     do(run, "combine", combining((), always=True))
     (combined,) = is_now(run)
-    assert json.loads(combined)[2] == [["origin", None], [[alone], None]]
+    assert json.loads(combined)[2] == [["base", None], [[alone], None]]
 
 
-def test_undo_and_redo_move_and_a_dropped_combination_comes_back(tmp_path):
+def test_undo_and_redo_move(tmp_path):
     run = begin(tmp_path / "run")
     states = [is_now(run)]
     for name in NAMES:
         do(run, f"extend {name}", extending(name))
         states.append(is_now(run))
-    assert len([p for p in products_of(run).values() if p.kind == "combine"]) == 2
     for state in states[-2::-1]:
-        undo(run, EXECUTE)
+        undo(run)
         assert is_now(run) == state
     with pytest.raises(RunError, match="Nothing to undo"):
-        undo(run, EXECUTE)
+        undo(run)
     for state in states[1:]:
-        redo(run, EXECUTE)
+        redo(run)
         assert is_now(run) == state
 
 
@@ -154,60 +164,67 @@ def test_a_command_that_fails(tmp_path, fails):
     """Before a checkpoint it takes its version back; after one, the stage stays until undone."""
     run = begin(tmp_path / "run")
     do(run, "extend alpha", extending("alpha"))
-    before, state = read_versions(run), is_now(run)
+    before, state = read_history(run), is_now(run)
     with pytest.raises((RunError, TrainingError)):
         do(run, "extend bravo", extending("bravo", fails=fails))
     assert is_now(run) == state
     if fails == "late":
-        for words, edit in (("combine", combining((), rank=2)), ("prune alpha", pruning("alpha"))):
-            with pytest.raises(RunError, match="bravo is unfinished"):
-                do(run, words, edit)
-        undo(run, EXECUTE)
+        with pytest.raises(RunError, match="bravo is unfinished"):
+            do(run, "combine", combining((), rank=2))
+        with pytest.raises(RunError, match="bravo is unfinished"):
+            prune(run, "alpha")
+        undo(run)
         assert names_in(run, "bravo") == []
-    assert read_versions(run) == before
+    assert read_history(run) == before
 
 
 def test_a_copy_is_an_earlier_version(tmp_path):
     run, copy = begin(tmp_path / "run"), tmp_path / "copy"
     do(run, "extend alpha", extending("alpha"))
-    send(run, copy, rows=False)
+    push_run(run, str(copy))
     assert is_now(copy) == is_now(run)
     assert names_in(copy, "/data") == names_in(copy, "rows of alpha") == []
     do(run, "extend bravo", extending("bravo"))
-    send(run, copy, rows=True)
+    push_run(run, str(copy), rows=True)
     assert is_now(copy) == is_now(run)
-    assert everything_in(copy).keys() < everything_in(run).keys()  # alpha's rows stay unsent
+    assert everything_in(copy) == everything_in(run)
     do(copy, "extend charlie", extending("charlie"))
-    with pytest.raises(RunError, match="earlier copy"):
-        send(run, copy, rows=True)
+    with pytest.raises(RunError, match="earlier than the source"):
+        push_run(run, str(copy), rows=True)
 
 
 def test_every_kill_leaves_the_run_before_or_after_and_the_command_ends_it(tmp_path):
     """Killed at each file operation of each command, and then at each one of the repeated one."""
     run, kills = begin(tmp_path / "run"), 0
-    steps = [
+    steps: list[tuple[str, Edit | None]] = [
         ("extend alpha", extending("alpha")),
         ("extend bravo", extending("bravo")),
         ("extend pairs", extending("pairs", None)),
         ("combine", combining(("alpha", "bravo"), rank=2)),
-        ("prune alpha", pruning("alpha")),
+        ("prune alpha", None),
     ]
+
+    def work(run: Path, words: str, edit: Edit | None) -> None:
+        prune(run, "alpha") if edit is None else do(run, words, edit)
+
     for words, edit in steps:
         whole = Path(shutil.copytree(run, tmp_path / "whole"))
-        do(whole, words, edit)
+        work(whole, words, edit)
         states = [is_now(run), is_now(whole)]
         for at in count(step=1 if FULL else 6):
             trial = Path(shutil.copytree(run, tmp_path / "trial"))
-            end = live(lambda t=trial, w=words, e=edit: do(t, w, e), Injection(trial, "kill", at))
+            job = partial(work, trial, words, edit)
+            end = live(job, Injection(trial, "kill", at))
             if end.status == 0:
                 shutil.rmtree(trial)
                 break
             kills += 1
             assert end.status == -9, end.message
             assert is_now(trial) in states
-            do(trial, words, edit)
+            with suppress(RunError):  # it was pruned to the end
+                job()
             assert is_now(trial) == states[1]
-            assert products_of(trial) == products_of(whole)
+            assert entries_of(trial) == entries_of(whole)
             assert everything_in(trial) == everything_in(whole), (words, at)
             shutil.rmtree(trial)
         shutil.rmtree(run)
@@ -225,7 +242,7 @@ class Commands(RuleBasedStateMachine):
         super().__init__()
         self.folder = folder / str(next(self.folders))
         self.run = begin(self.folder / "run")
-        reconcile(self.run, EXECUTE)
+        build(self.run)
         self.wanted = [(Wanted(), -1)]  # each with the place of the one before
         self.at = 0
         self.counts = {"steps": 0, "kills": 0}
@@ -234,7 +251,7 @@ class Commands(RuleBasedStateMachine):
     def want(self) -> Wanted:
         return self.wanted[self.at][0]
 
-    def do(self, words: str, work: Callable[[], object], after: Wanted, kill: int | None) -> None:
+    def do(self, work: Callable[[], object], after: Wanted, kill: int | None) -> None:
         """Do something, perhaps killed and then repeated, that makes the run `after`."""
         self.counts["steps"] += 1
         before = is_now(self.run)
@@ -243,13 +260,17 @@ class Commands(RuleBasedStateMachine):
             assert end.status in (0, -9), end.message
             self.counts["kills"] += end.status == -9
             assert is_now(self.run) in (before, after.texts())
-        work()
+        if kill is None:
+            work()
+        else:
+            with suppress(RunError):  # it was pruned to the end
+                work()
         if after != self.want:
             self.wanted.append((after, self.at))
             self.at = len(self.wanted) - 1
 
     def edit(self, words: str, edit: Edit, after: Wanted, kill: int | None) -> None:
-        self.do(words, lambda: do(self.run, words, edit), after, kill)
+        self.do(lambda: do(self.run, words, edit), after, kill)
 
     @rule(name=names, kill=kills, where=strategies.sampled_from(["beside", "all", "first"]))
     def extend(self, name: str, kill: int | None, where: str) -> None:
@@ -265,12 +286,12 @@ class Commands(RuleBasedStateMachine):
 
     @rule(name=names, fails=strategies.sampled_from(["early", "late"]))
     def fail(self, name: str, fails: str) -> None:
-        if name in [own for own, _, _ in self.want.stages]:
+        if name in [s.name for s in read_history(self.run).stages.values()]:
             return
         with pytest.raises(ChainLoRAError):
             do(self.run, f"extend {name}", extending(name, fails=fails))
         if fails == "late":
-            undo(self.run, EXECUTE)
+            undo(self.run)
 
     @rule(chosen=strategies.sets(names), rank=strategies.sampled_from([None, 2, 4]), kill=kills)
     def combine(self, chosen: set[str], rank: int | None, kill: int | None) -> None:
@@ -283,68 +304,64 @@ class Commands(RuleBasedStateMachine):
 
     @rule(name=names, kill=kills)
     def prune(self, name: str, kill: int | None) -> None:
-        if name not in [own for own, _, _ in self.want.stages]:
-            return
+        own = [own for own, _, _ in self.want.stages]
         after = self.want.without(name)
-        gone = {own for own, _, _ in self.want.stages} - {own for own, _, _ in after.stages}
-        stages = {s.name: s.identity for s in read_versions(self.run).plan().stages}
-        self.edit(f"prune {name}", pruning(name), after, kill)
-        left = {s.identity for s in read_versions(self.run).stages.values()}
-        assert not left & {stages[own] for own in gone}
-        self.forget(gone, stages)
-
-    def forget(self, gone: set[str], stages: dict[str, str]) -> None:
-        """What was said before of erased stages is not known any more; undo is tried again."""
-        history = read_versions(self.run)
-        self.wanted = [
-            (want_of(history, place), v.before) for place, v in enumerate(history.versions)
-        ]
+        known = {s.name for s in read_history(self.run).stages.values()}
+        if name not in own or not known - {name, *({*own} - {own for own, _, _ in after.stages})}:
+            return
+        gone = {*own} - {own for own, _, _ in after.stages}
+        self.do(lambda: prune(self.run, name), after, kill)
+        assert not [s for s in read_history(self.run).stages.values() if s.name == name]
+        for word in gone - {s.name for s in read_history(self.run).stages.values()}:
+            assert names_in(self.run, word) == []
+        history = read_history(self.run)  # what was said of erased stages is not known any more
+        versions = enumerate(history.versions)
+        self.wanted = [(want_of(history, place), version.before) for place, version in versions]
         self.at = history.at
 
-    @rule(kill=kills)
-    def undo(self, kill: int | None) -> None:
-        place = self.wanted[self.at][1]
-        if place < 0:
-            return
-        before, after = is_now(self.run), self.wanted[place][0]
-        undo(self.run, EXECUTE)
-        self.at = place
-        assert is_now(self.run) == after.texts() or before == []
+    @rule()
+    def undo(self) -> None:
+        now, at = self.want.texts(), self.at
+        while at >= 0 and self.wanted[at][0].texts() == now:
+            at = self.wanted[at][1]
+        if at >= 0:
+            undo(self.run)
+            self.at = read_history(self.run).at
+            assert is_now(self.run) == self.wanted[at][0].texts()
 
     @rule()
     def redo(self) -> None:
-        later = [place for place, (_, before) in enumerate(self.wanted) if before == self.at]
-        if later:
-            redo(self.run, EXECUTE)
-            self.at = later[-1]
+        with suppress(RunError):
+            redo(self.run)
+            self.at = read_history(self.run).at
 
     @rule(rows=strategies.booleans())
     def send(self, rows: bool) -> None:
+        if not read_history(self.run).entries:
+            return
         copy = self.folder / "copy"
         shutil.rmtree(copy, ignore_errors=True)
-        send(self.run, copy, rows=rows)
+        push_run(self.run, str(copy), rows=rows)
         assert is_now(copy) == is_now(self.run)
         assert names_in(copy, "/data/") == []
 
     @rule()
     def build(self) -> None:
-        reconcile(self.run, EXECUTE)
+        build(self.run)
+        assert not has_work(read_history(self.run))
 
     @invariant()
     def is_what_the_plan_says(self) -> None:
-        history = read_versions(self.run)
+        history = read_history(self.run)
         assert is_now(self.run) == self.want.texts()
         assert history.files.keys() <= everything_in(self.run).keys()
-        assert len([p for p in history.products.values() if p.kind == "combine"]) <= 3 + len(
-            [s for s in history.stages.values() if len(s.names) > 1]
-        )
         bits: dict[str, list[str]] = {}
-        for product in history.products.values():
-            text = text_of(self.run, product.state)
-            assert bits.setdefault(product.state.digest, text) == text
+        for entry in history.entries:
+            text = text_of(self.run, entry.state)
+            assert bits.setdefault(entry.state.digest, text) == text
 
 
-def want_of(history: Versions, place: int) -> Wanted:
+def want_of(history: History, place: int) -> Wanted:
     plan = history.plan(place)
     stages = tuple((s.name, s.names, s.how.rank) for s in plan.stages)
     return Wanted(stages, frozenset(plan.off), plan.how.rank)
@@ -359,5 +376,6 @@ def test_any_order_of_commands(tmp_path):
             database=None,
             deadline=None,
             suppress_health_check=[*HealthCheck],
+            phases=[Phase.generate],
         ),
     )
