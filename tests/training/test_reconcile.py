@@ -275,7 +275,7 @@ class Commands(RuleBasedStateMachine):
     @rule(name=names, kill=kills, where=strategies.sampled_from(["beside", "all", "first"]))
     def extend(self, name: str, kill: int | None, where: str) -> None:
         want = self.want
-        if name in [own for own, _, _ in want.stages]:
+        if name in [s.name for s in read_history(self.run).stages.values()]:
             return
         active = tuple(own for own, _, _ in want.stages if own not in want.off)
         on = () if where == "beside" else active if where == "all" else active[:1]

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -110,6 +110,11 @@ _NO_BITS = {"train.trackers", "train.save_every", "train.log_every", "train.shar
 _FILES = ("data.task", "data.validation", "data.test")  # their contents are in `Stage.sources`
 
 
+@cache
+def _defaults(part: str) -> dict[str, Any]:
+    return _SECTIONS[part].model_construct().model_dump(mode="json")
+
+
 def bits_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys of a stored config that decide bits, but those at their defaults.
 
@@ -117,10 +122,9 @@ def bits_of(config: Mapping[str, Any]) -> dict[str, Any]:
     later changes no digest.
     """
     bits: dict[str, Any] = {}
-    for part, section in _SECTIONS.items():
-        default = section.model_construct().model_dump(mode="json")
+    for part in _SECTIONS:
         for key, value in (config.get(part) or {}).items():
-            if f"{part}.{key}" not in _NO_BITS and value != default.get(key):
+            if f"{part}.{key}" not in _NO_BITS and value != _defaults(part).get(key):
                 bits[f"{part}.{key}"] = value
     for key in _FILES:
         if isinstance(bits.get(key), str):
