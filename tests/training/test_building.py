@@ -56,7 +56,9 @@ def test_rule_2_a_command_finishes_the_stage_that_one_before_has_begun(ac, senti
     assert "nothing left to do" in chainlora("train", ac).out
 
 
-def test_rule_2_plugins_that_nobody_named_are_not_run(only_a, sentiment, tmp_path, chainlora):
+def test_rule_2_plugins_that_nobody_named_are_not_run(
+    only_a, sentiment, tmp_path, chainlora, caplog
+):
     """Before anything else is trained; another command drops a stage that has not begun."""
     plugin = tmp_path / "mine.py"
     plugin.write_text("ran = True\n")
@@ -67,6 +69,7 @@ def test_rule_2_plugins_that_nobody_named_are_not_run(only_a, sentiment, tmp_pat
     assert read_history(only_a) == before
     train_beside(sentiment, only_a, "c")
     assert (open_run(only_a).stages, unbuilt(only_a)) == (["a", "c"], [])
+    assert f"b of {only_a} had not begun and is dropped" in caplog.text
     train_on(only_a, own, beside=True)
     assert open_run(only_a).stages == ["a", "c", "b"]
 

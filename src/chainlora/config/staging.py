@@ -50,7 +50,7 @@ class Stage:
     name: str
     config: RunConfig
     after: str | None = None  # entry of the run that an extension begins on
-    # Train it beside the other stages, then combine; None: the plan decides (`training.placement`).
+    # Train it beside the other stages, then combine; None: its rows decide (`training.refusing`).
     beside: bool | None = False
     fork: str | None = None  # address of the state of another run that a new run begins on
 

@@ -92,9 +92,12 @@ def carry_out(
     version is taken back.
     """
     run, is_new_run = change.run, not exists_in(change.run)
-    is_edit = is_new_run or read_history(run).versions != change.history.versions
+    before = None if is_new_run else read_history(run)
+    is_edit = before is None or before.versions != change.history.versions
     wait_for_all()  # every process has made its plan
     if is_first_launched():
+        if before is not None:
+            _tell_dropped(run, before, change.history)
         write_plan(run, with_base(change, base), change.start)
     wait_for_all()
     with writing(run) if is_first_launched() else nullcontext():
@@ -106,6 +109,14 @@ def carry_out(
                 with suppress(ChainLoRAError):  # the first error matters
                     _take_back(run, is_new_run=is_new_run)
             raise
+
+
+def _tell_dropped(run: Path, before: History, after: History) -> None:
+    """Warn of stages that a killed command left without a beginning, and that are dropped."""
+    names = [name for name in before.plan().names if before.find(name) is None]
+    if dropped := [name for name in names if after.plan().find(name) is None]:
+        told = "%s of %s had not begun and is dropped; repeat its command to train it"
+        logger.warning(told, ", ".join(dropped), run)
 
 
 def with_base(change: Change, base: OpenBase | None) -> History:
