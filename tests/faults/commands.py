@@ -228,6 +228,8 @@ def seen(where: Path) -> dict[str, Any]:
     for run in (where / "run", where / "fork"):
         if is_run(run):
             history = read_history(run)
+            if marks := history.versions[history.at].marks:  # of which files may be gone
+                history = history.erased(marks)
             states = [
                 state_at(run, history, key) for key in (BASE, *(e.key for e in history.entries))
             ]

@@ -432,7 +432,8 @@ def prune(run: str | Path, name: str, *, listener: Listener | None = None) -> Pr
         carry_out(Change(folder, after, pruned=name), listener or _ignore)
         if name in drafts:
             Scratch(folder, name).undo()
-        purge(folder, name)
+        if not after.versions[after.at].marks:  # else it has been done
+            purge(folder, name)
     return pruning
 
 
