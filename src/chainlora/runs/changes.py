@@ -112,7 +112,6 @@ def redo(run: str | Path) -> OpenState:
     Raises RunError if there is nothing to redo.
     """
     run = whole_run(run)
-
     with writing(run):
         at = next(iter(later_of(read_history(run)).values()), None)
         if at is None:

@@ -35,7 +35,6 @@ class Pruning:
     gone: list[Path]  # files and folders to delete
     with_it: list[str]  # entries to delete, since they were computed from it: combinations, …
     later: list[str]  # stages on top of it, which are deleted too
-    before: str  # the entry that the stage began on
     left: list[str]  # the stages that the run is made of then
     again: bool  # whether these must be combined again
     now: str | None  # the new head, if it is known and changes
@@ -56,8 +55,7 @@ def pruning_of(run: Path, history: History, name: str) -> Pruning:
     edited = without_stage(run, history, name)
     version = edited.versions[edited.at]
     after = edited.erased(version.marks) if version.marks else edited
-    entry, deleted = history.find(name), {e.key for e in history.entries}
-    deleted -= {e.key for e in after.entries}
+    deleted = {e.key for e in history.entries} - {e.key for e in after.entries}
     later = [s for s in history.plan().standing_on([name]) if s != name] if version.marks else []
     made, root = Made(after), after.recipes().root
     left = after.plan().parts(after.plan().active)
@@ -67,7 +65,6 @@ def pruning_of(run: Path, history: History, name: str) -> Pruning:
         gone=_gone(run, after, name),
         with_it=sorted(deleted - {name, *later}),
         later=later,
-        before="base" if entry is None else entry.parent,
         left=left,
         again=not made.is_made(root),
         now=new_head,

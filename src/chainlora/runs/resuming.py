@@ -10,7 +10,6 @@ from typing import Any
 
 from chainlora import files
 from chainlora.config.schema import DataConfig, RunConfig, StartData
-from chainlora.config.staging import RUN_WIDE
 from chainlora.config.yaml_text import one_value
 from chainlora.data.splits import named_sources, source_digest
 from chainlora.errors import ChainLoRAError, RunError
@@ -54,9 +53,9 @@ def refuse_if_other(run: Path) -> None:
 def need_same(run: OpenState, before: Stage, now: RunConfig, *, has_ended: bool) -> None:
     """Raise RunError unless a stage of a run has the keys of a config, and the run its base.
 
-    This is the only comparison of a plan with a config. Contents of files are not compared: those
-    of an ended stage may have changed, which is told; those of another one are checked when it
-    begins.
+    This is the only comparison of a plan with a config. Files that an ended stage has at another
+    place are compared by content; files at their place may have changed, which is told. The files
+    of another stage are checked when it begins.
     """
     new = now.model_dump(mode="json")
     if differing := differences(before.config, new):
@@ -87,7 +86,7 @@ def _need_same_files(run: OpenState, stage: Stage, now: RunConfig) -> None:
 
     A file at its place may have changed or be gone: a change is told, the stage stays.
     """
-    before = named_sources(config_data(stage))
+    before = named_sources(DataConfig.model_validate(stage.config.get("data")))
     for key, sources in named_sources(now.data).items():
         pairs = list(zip(before.get(key, []), sources, strict=False))
         is_moved = not all(is_same_place(old.path, new.path, run.run) for old, new in pairs)
@@ -104,11 +103,6 @@ def _need_same_files(run: OpenState, stage: Stage, now: RunConfig) -> None:
             raise _other_config(run, stage.name, key, old, new, has_ended=True)
         told = "%s: %s has changed since it was trained; the stage stays as it is"
         logger.warning(told, stage.name, key)
-
-
-def config_data(stage: Stage) -> DataConfig:
-    """Return the section `data` of a stage's config."""
-    return DataConfig.model_validate(stage.config.get("data"))
 
 
 def _need_same_base(run: OpenState, before: dict[str, Any], now: RunConfig) -> None:
@@ -140,18 +134,6 @@ def need_same_start(run: OpenState, now: RunConfig) -> None:
         raise RunError(rule, got, f"leave it out; {matrix} replaces the rows that are scored")
 
 
-def need_run_wide(run: Path, before: dict[str, Any], now: RunConfig) -> None:
-    """Raise RunError if a new stage of a run sets keys that all its stages share."""
-    new = now.model_dump(mode="json")
-    for part, names in RUN_WIDE.items():
-        for name in names:
-            was, given = (before.get(part) or {}).get(name), new[part][name]
-            if was != given and name != "shard":
-                got = f"{part}.{name} is {one_value(given):.60}, was {one_value(was):.60}"
-                rule = f"all stages of {run} share their base and its keys"
-                raise RunError(rule, got, "leave it out, or choose another output")
-
-
 def general_of(config: RunConfig) -> dict[str, Any] | None:
     """Return how a run that begins with a config gets rows of its base; None: it keeps none."""
     if config.start_data == "none" or (config.start_data is None and not config.data.keep_rows):
@@ -160,7 +142,7 @@ def general_of(config: RunConfig) -> dict[str, Any] | None:
     keys = ("chat_template", "template_arguments", "max_length", "truncation", "format")
     bits: dict[str, Any] = {key: data["data"][key] for key in keys}
     for key, value in (data["start_data"] or {}).items():
-        is_place = key in ("train", "validation", "test", "task", "dir") and isinstance(value, str)
+        is_place = key in ("train", "validation", "test", "task") and isinstance(value, str)
         bits[f"start_{key}"] = "a file" if is_place else value
     sources = start_digests(config)
     return {"bits": bits, "sources": sources, "start_data": data["start_data"]}
