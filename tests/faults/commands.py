@@ -19,7 +19,7 @@ from conftest import make_sentiment, make_tiny_folder
 from helpers import EVERYTHING
 from helpers_data import pair_files
 
-from chainlora import export_adapter, export_merged
+from chainlora import export_adapter, export_merged, update
 from chainlora.config.staging import make_stages
 from chainlora.files import checksums
 from chainlora.runs.addresses import state_at, state_of_draft
@@ -152,6 +152,16 @@ def _beside(
     train_stages(stages, listener=listener)
 
 
+def _erase(world: World, where: Path, listener: Listener = _silent) -> None:
+    """Train stage `law` again on fewer rows, and erase what came from the former ones."""
+    rows = Path(world.tree["stages"][0]["data"]["train"])
+    fewer = rows.with_name("fewer.jsonl")
+    if not fewer.exists():
+        fewer.write_text("".join(rows.read_text().splitlines(keepends=True)[1:]))
+    keys: Any = {"rows": fewer, "purge": True, "certificate": where / "certificate.json"}
+    update(where / "run", "law", listener=listener, **keys)
+
+
 def _experiment(world: World, where: Path, listener: Listener = _silent) -> None:
     own = world.tree["stages"][0]["data"]
     rows = {"num_train": 8, "num_validation": 4, "num_test": 4}
@@ -194,6 +204,7 @@ COMMANDS = {
     "combine": Command(
         lambda _, at, *__: combine(at / "run", output=at / "fork"), "beside", "refused"
     ),
+    "erase": Command(_erase, "beside"),
     # with another run, whose first stage is the same
     "take in": Command(
         lambda world, at, *_: combine(at / "run", ["facts", world.folder / "beside/run"]), "one"
@@ -251,8 +262,8 @@ def files_of(where: Path) -> dict[str, Any]:
     found: dict[str, Any] = {n: s for n, s in sums.items() if not n.endswith(".lock.json")}
     for name in found:
         lines = (where / name).read_text(errors="replace").splitlines()
-        if name.endswith(".yaml"):
-            found[name] = [line for line in lines if not line.startswith("output:")]
+        if name.endswith((".yaml", ".md")):
+            found[name] = [line for line in lines if not line.startswith(("output:", "Written"))]
         elif name.endswith((".json", ".jsonl")) and "adapter_config" not in name:
             found[name] = list(map(timeless, lines if name[-1] == "l" else ["".join(lines)]))
     return found

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Any
 
@@ -127,11 +128,32 @@ def warn_of_seen_rows(rows: Mapping[str, Rows], earlier: Mapping[str, Kept]) -> 
             )
 
 
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Log no warnings of rows in the block: they are read again later, or only compared."""
+    package = logging.getLogger("chainlora")
+    level = package.level
+    package.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        package.setLevel(level)
+
+
 def warn_of_changed(
-    stage: str, rows: Rows, earlier: Mapping[str, Kept], tokenizer: Any, keeps: bool
+    stage: str,
+    rows: Rows,
+    others: Mapping[str, Kept],
+    tokenizer: Any,
+    keeps: bool,
+    *,
+    are_later: bool = False,
 ) -> None:
-    """Warn of prompts that earlier stages answer differently; with `keeps`, both answers count."""
-    changed = changed_answers(rows, earlier)
+    """Warn of prompts that other stages answer differently; with `keeps`, both answers count.
+
+    Earlier stages have the older answers, later ones the newer.
+    """
+    changed = changed_answers(rows, others)
     if not changed.prompts:
         return
     shown = ""
@@ -140,9 +162,11 @@ def warn_of_changed(
         answers = [right.sequences[0][slice(*right.scored[0][-1])] for right in rights]
         new, old = (_shown(tokenizer, tokens) for tokens in answers)
         prompt = _shown(tokenizer, changed.example[0].prompt, end=True)
-        shown = f", e.g. {prompt} (was {old}, now {new})"
+        old, new = (f"here {new}", f"there {old}") if are_later else (f"was {old}", f"now {new}")
+        shown = f", e.g. {prompt} ({old}, {new})"
     have, stages = "s have" if changed.prompts > 1 else " has", ", ".join(changed.stages)
     newest = "the newest answer counts (--keep-conflicts keeps both)"
+    newest = f"those of {stages}, which is later, count" if are_later else newest
     counts = "both count (data.keep_conflicts)" if keeps else newest
     _log.warning(
         f"{stage}: {changed.prompts} prompt{have} other answers than in {stages}{shown}; {counts}"
