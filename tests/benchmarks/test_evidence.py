@@ -42,6 +42,12 @@ SENTENCES: dict[str, list[tuple[str, Callable[[], Iterable[str]]]]] = {  # texts
             ],
         ),
         ("rows as new ones, but ran with {} as many", lambda: S.replay_of_facts()[1:]),
+        (
+            "two links minus LoRA r: {} points, p {}; three links minus LoRA r: {}, p {}; minus "
+            "LoRA Σr: {}, p {}. Over two tasks (10 pairs), soft knots minus LoRA r: {}, p {}. Over "
+            "three tasks (15 pairs), two links minus LoRA r: {}, p {};",
+            E.classification,
+        ),
         ("no mean is more than {} points above", lambda: E.little_learned()[:1]),
         ("and {} of {} chosen rates are at an end", lambda: E.little_learned()[1:]),
         (
@@ -243,7 +249,6 @@ TABLES: dict[str, tuple[Callable[[], Rows], ...]] = {  # of a page
         S.stages_in_short,
         E.speed,
         E.whole,
-        E.classification,
         E.soft_smollm2,
     ),
     "benchmarks/stages/results.md": (S.stages, S.rehearsals),
