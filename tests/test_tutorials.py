@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import runpy
 import shlex
 import shutil
 import sys
@@ -119,8 +120,7 @@ def test_serving(checkout, capsys):
 
 
 def test_the_method_in_code():
-    (block,) = blocks(ROOT / "docs/method.md", "python")
-    exec(block, {"__name__": "method"})
+    runpy.run_path(str(ROOT / "examples/method.py"), run_name="method")
 
 
 # --- notebooks ---
