@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from chainlora.config.data import TrainFile
 from chainlora.config.schema import PAIR_LOSSES, DataConfig
 from chainlora.data.division import aligned, divide, pick, rows_again
-from chainlora.data.encoding import Options, detect_format
+from chainlora.data.encoding import Options, detect_format, with_usual_columns
 from chainlora.data.kept import ASKED, SAMPLE, SPLITS, Kept, answer_hashes, newest
 from chainlora.data.mixture import Mixture, example_hashes, prompt_hashes
 from chainlora.data.preparing import make_rows
@@ -91,7 +91,8 @@ class Splits:
     def report(self) -> dict[str, dict[str, Any]]:
         """Return the summary of each split: rows, tokens, cuts, unread columns."""
         summaries = {name: getattr(self, name).summary.as_dict() for name in SPLITS}
-        of_files = (*COUNTED, "recognised")  # held-out rows are in the counts of the training files
+        # held-out rows are in the counts of the training files
+        of_files = (*COUNTED, "recognised", "columns")
         for name, summary in summaries.items():
             is_held_out = name == "validation" and self.bound is not None
             for key in ("digest", *(of_files if is_held_out else ())):
@@ -316,6 +317,7 @@ def check_files(data: DataConfig, loss: str | None) -> None:
             source.check_fields()
             first = next(iter(source))
             if task is None and (loss in PAIR_LOSSES or data.format == "auto"):
+                first = next(iter(with_usual_columns(source, loss)))
                 kinds.setdefault(split, set()).add(detect_format([first], loss))
     trained = kinds.pop("train", set())
     for split, scored in kinds.items():
@@ -365,6 +367,8 @@ def _encode(
     rows = make_rows(source, tokenizer, task, options, progress=split_progress)
     check_pairs(rows.summary, source)
     if warn:
+        if rows.summary.columns:
+            _log.warning("%s: %s", source, rows.summary.columns)
         warn_of_lost_rows(split, rows.summary)
     return rows
 
