@@ -50,7 +50,7 @@ def check_scorable(
 
 
 def warn_of_lost_rows(split: str, summary: RowsSummary) -> None:
-    """Warn of rows that were cut or left out, and of pairs with the same answer twice."""
+    """Warn of rows that were cut, left out or joined, and of pairs with the same answer twice."""
     longer = f"of {summary.rows} rows were longer than data.max_length or the context"
     if summary.rows_cut:
         _log.warning(
@@ -60,6 +60,12 @@ def warn_of_lost_rows(split: str, summary: RowsSummary) -> None:
     if summary.rows_dropped:
         _log.warning(
             f"{split}: {summary.rows_dropped} {longer}, and are left out (truncation: drop)"
+        )
+    if summary.rows_joined:
+        _log.warning(
+            f"{split}: nothing separates prompt and answer in {summary.rows_joined} of "
+            f"{summary.rows} rows. Begin answers with a space, end prompts with a line break, or "
+            "write a task file with a template"
         )
     if summary.pairs_equal:
         _log.warning(

@@ -124,8 +124,9 @@ def extend(
         stage: a mapping, or the path of a YAML file, with `name` and the sections data, chain and
             train. The path of a file of rows is enough: its name becomes the name of the stage,
             and the number of rows gives the length. Other open keys are inherited from the stage
-            before. Rows, ranks, lengths and the choice of the best point are not inherited; a
-            warning names them. With `output`, the stage becomes a fork that begins on `run`.
+            before, data.fields and data.format if the rows have these columns. Rows, ranks,
+            lengths and the choice of the best point are not inherited; a warning names them. With
+            `output`, the stage becomes a fork that begins on `run`.
         beside: train the stage on the run's origin, then combine it with the head (`combine`).
             False: train it on the state that `run` names. By default answers are trained beside
             the others; pairs, and every stage if `run` names a state, on top.

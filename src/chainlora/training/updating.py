@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from chainlora.config.schema import RunConfig
 from chainlora.config.staging import Stage as PlannedStage
+from chainlora.data.kept import read_kept
 from chainlora.data.mixture import example_hashes
 from chainlora.data.splits import named_sources
 from chainlora.errors import ChainLoRAError, RunError
@@ -29,6 +30,7 @@ from chainlora.evaluation.certificate import (
 from chainlora.runs.addresses import open_run, state_at
 from chainlora.runs.changes import whole_run
 from chainlora.runs.declaring import config_of
+from chainlora.runs.documents import need_file
 from chainlora.runs.draft import drafts_in
 from chainlora.runs.entries import rows_file
 from chainlora.runs.history import History
@@ -134,8 +136,7 @@ def update(
             before = settled(folder, read_history(folder))
             is_again = not planned.changed
             begin_certificate(place, folder, before, planned.counts, again=is_again)
-        if planned.is_due:
-            build_and_score(planned.change, shown, base)
+        build_and_score(planned.change, shown, base)  # a stopped call may lack scores alone
         if place is not None:
             finish_certificate(place, folder)
     return open_run(folder)
@@ -327,7 +328,7 @@ def _seen(head: OpenState, key: str) -> Hashes | None:
     digest = head.history.keepers([key]).get(key)
     if digest is None or not (head.run / rows_file(digest)).is_file():  # a purge was stopped
         return None
-    return head.kept([key])[key].seen
+    return read_kept(need_file(head.run, rows_file(digest), digest)).seen
 
 
 def _num_without(rows: Hashes | None, others: Hashes | None) -> int | None:
