@@ -397,9 +397,21 @@ def _show_run(
     state = open_run(run)
     of = columns_after_training(state)
     show_matrix(stage_matrix(run, compute=False, of=of), has_notes=is_verbose())
+    _show_right(state, [result["stage"] for result in results], base)
     click.echo(f"run directory {run}")
     rows = training_rows(state, tokenizer_of(state, base))
     _show_next(shlex.quote(run), results[-1], config, state, rows is not None and rows.is_chat)
+
+
+def _show_right(state: OpenState, stages: Sequence[str], base: OpenBase) -> None:
+    """Print how many of their trained rows a run answers exactly, and where that is few."""
+    from chainlora.evaluation.right_answers import right_answers
+
+    for name, (asked, right) in right_answers(state, stages, base=base).items():
+        click.echo(f"{name}: {right} of {asked} trained rows are answered exactly")
+        if 2 * right < asked:
+            remedy = "--chain.epochs 20 trains twice as long as 10, --train.lr 2e-3 faster"
+            click.echo(f"{name}: few are right; in a new run, {remedy}")
 
 
 def _show_next(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 from chainlora.config.schema import PAIR_LOSSES
@@ -23,12 +24,17 @@ class Answered(NamedTuple):
 
 
 def right_answers(
-    run: Address, *, rows: int = ROWS, base: OpenBase | None = None
+    run: Address,
+    stages: Collection[str] | None = None,
+    *,
+    rows: int = ROWS,
+    base: OpenBase | None = None,
 ) -> dict[str, Answered]:
     """Ask a run the prompts of trained rows that its stages kept, and count the exact answers.
 
     Args:
         run: a run, or one of its states.
+        stages: the stages whose rows are asked; by default all.
         rows: the most rows of each stage; the same rows each time.
         base: the base, if it is open already.
 
@@ -36,11 +42,10 @@ def right_answers(
         The numbers by stage; a stage of plain texts or preference pairs has none.
     """
     state = open_run(run)
-    kept = {key: each for key, each in state.kept().items() if key != START}
     sources = [
         Source(key, each.train[:rows], each.asked["stop"])
-        for key, each in kept.items()
-        if each.loss not in PAIR_LOSSES
+        for key, each in state.kept().items()
+        if key != START and each.loss not in PAIR_LOSSES and (stages is None or key in stages)
     ]
     if not sources:
         return {}
