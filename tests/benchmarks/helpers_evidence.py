@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -111,18 +110,6 @@ def soft_lab() -> Rows:
     return [heads.split(" | "), *(row for _, row in sorted(found))]
 
 
-def all_behind() -> str:
-    """How often LoRA of more rank was compared; it is ahead each time, on all six seeds."""
-    found = []
-    for (study, arm), soft in lab_cells().items():
-        for by in (2, 4) if arm == "auto" else ():
-            wider = re.sub(r"-r(\d+)-", lambda rank: f"-r{by * int(rank[1])}-", study)  # noqa: B023
-            if lora := lab_cells().get((wider, "lora")):
-                found.append(less(soft, lora))
-    assert all(len(values) == 6 and min(values) > 0 for values in found)
-    return str(len(found))
-
-
 # --- SmolLM2, and the paper's questions ---
 
 
@@ -132,10 +119,6 @@ def runs(folder: str, method: str) -> Values:
     results = read_results(BENCHMARKS / folder)
     (task,) = results.experiment["tasks"]
     return by_seed(results, task, method)
-
-
-def num_steps(folder: str) -> str:
-    return f"{read_results(BENCHMARKS / 'smollm2' / folder).finals[-1]['steps']:,}"
 
 
 def soft_smollm2() -> Rows:
@@ -276,11 +259,6 @@ def speed() -> Rows:
     ]
 
 
-def longest() -> list[str]:
-    """The longest rows per processor second, though no other process took cores."""
-    return [times(contest("26-long-7600", "long-7600-bfloat16", PEERS[0], per_cpu=True)[0])]
-
-
 def against_trainer() -> list[str]:
     found = [ratios for (*_, peer), ratios in contests().items() if peer == PEERS[0]]
     fast, share = zip(*found, strict=True)
@@ -303,11 +281,6 @@ def checkpointed() -> list[tuple[float, float]]:
     ]
 
 
-def rank_cost() -> str:
-    found = entries("25", "rank-64")
-    return times(found["rank 64"]["seconds_per_step"] / found["rank 8"]["seconds_per_step"])
-
-
 def knots(kind: str, dtype_or_links: str | int) -> dict[str, Any]:
     """The row of numerics/ about whole knots (by links), or soft ones (by dtype)."""
     rows = from_json(f"numerics/{kind}.json")["rows"]
@@ -316,61 +289,6 @@ def knots(kind: str, dtype_or_links: str | int) -> dict[str, Any]:
 
 
 # --- sentences ---
-
-
-def paper_gain() -> str:
-    """The paper's gain of three links, in points, over the tasks of table1."""
-    scores = from_yaml("paper/printed/tables.yaml")["table1"]["scores"]
-    tasks = read_results(BENCHMARKS / "paper/table1").experiment["tasks"]
-    return f"{fmean(scores['chain3'][task] - scores['lora'][task] for task in tasks):.2f}"
-
-
-def faults() -> list[str]:
-    """The cases of the fuzz; how many lost something or were wrong, and how many were unclear."""
-    counts = Counter[str]()
-    for of_command in from_json("faults/fuzz.json")["counts"].values():
-        for each in of_command.values():
-            counts.update(each)
-    return [f"{counts.total():,}", str(counts["lost"] + counts["wrong"]), str(counts["unclear"])]
-
-
-def little_learned() -> list[str]:
-    """The most points that a method's mean is above the most frequent answer on four of table1's
-    tasks, and how many chosen rates are an end of their grid, of how many."""
-    results = read_results(BENCHMARKS / "paper/table1")
-    gains: dict[str, dict[str, list[float]]] = {}
-    for cell in results.finals:
-        own = gains.setdefault(cell["task"], {}).setdefault(cell["method"], [])
-        own.append(100 * (cell["score"] - cell["majority"]))
-    best = sorted(max(map(fmean, methods.values())) for methods in gains.values())
-    rates = results.experiment["grid"]["train.lr"]
-    chosen = {(c["task"], c["method"]): c["point"]["train.lr"] for c in results.finals}
-    ends = [rate for rate in chosen.values() if rate in (min(rates), max(rates))]
-    return [number(best[3], 1, "-"), f"{len(ends)}", f"{len(chosen)}"]
-
-
-def shared(dtype: str) -> str:
-    return f"{100 * knots('soft_knots', dtype)['knot_share_every_10']:.2f}"
-
-
-def rank16_ahead() -> str:
-    ours, theirs = (runs("smollm2/scripts_scout", method) for method in ("soft", "r16"))
-    return number(fmean(less(ours, theirs)), sign="-")
-
-
-def restarted() -> str:
-    found = compared("rank1_settings")["chain4_r1_restart", "chain4_r1"]
-    return with_interval(found.mean, found.low, found.high)
-
-
-def detectable() -> tuple[str, str]:
-    found = compared("table1")["chain3", "lora"]
-    return f"{found.detectable:.2f}", str(found.num_pairs)
-
-
-def soft_rank() -> tuple[str, str]:
-    found = knots("soft_knots", "bfloat16")
-    return f"{max(found['stored_ranks']):.0f}", str(found["soft_knots"])
 
 
 def checkpointing() -> list[str]:
@@ -382,8 +300,3 @@ def to_combine() -> list[str]:
     """Minutes of the processor for two and for twelve stages of 64 rows."""
     seconds = {row["case"]: row["cpu_seconds"] for row in lines("combining/times.jsonl")}
     return [f"{seconds[case] / 60:.1f}" for case in ("2x64x30", "12x64x30")]
-
-
-def errors() -> list[float]:
-    whole, soft = knots("knots", 16), [knots("soft_knots", x) for x in ("bfloat16", "float32")]
-    return [whole["error_rebuilt"], whole["error_in_place"], *(fmean(x["error"]) for x in soft)]

@@ -67,12 +67,6 @@ def ahead(other: str) -> str:
     return three_seeds([-gap for gap in gaps(other)], 1)
 
 
-def over_all(other: str) -> list[str]:
-    """The number of all tasks, and ours less another arm over these."""
-    tasks = [*arms()["alone"][0]["right"]]
-    return [f"{len(tasks)}", three_seeds(gaps(other, tasks), 1, "+")]
-
-
 def over_tasks(other: str) -> str:
     """The interval over tasks and rows too, as text."""
     table, both = script("field/table.py"), sorted({*arms()["ours"]} & {*arms()[other]})
@@ -97,48 +91,5 @@ def worse() -> list[float]:
     return [100 * (table.ratio(cell, base, table.OUTSIDE) - 1) for cell in arms()["ours"].values()]
 
 
-def below_the_gate(*tasks: str) -> list[str]:
-    """How far a stage alone is above the most frequent answer, in points."""
-    cells = arms()["alone"].values()
-    gains = (fmean(cell["right"][task] - cell["most"][task] for cell in cells) for task in tasks)
-    return [number(100 * gain, 1) for gain in gains]
-
-
-def learned_at_the_end(*names: str) -> list[int]:
-    table = script("field/table.py")
-    return [len(table.learned_tasks([*arms()[name].values()])) for name in names]
-
-
-def rate_of_replay() -> list[str]:
-    """By how many of how many validation answers replay's rate was chosen over 1e-3."""
-    trials = [cell for cell in lines("field/results.jsonl") if cell["split"] == "validation"]
-    of_rate = {
-        cell["settings"]["rate"]: fmean(cell["right"].values())
-        for cell in trials
-        if cell["arm"] == "replay" and cell["settings"]["replay"] == 1
-    }
-    rows = len(trials[0]["right"]) * script("field/tasks.py").SPLITS["validation"]
-    return [f"{rows * (of_rate[3e-3] - of_rate[1e-3]):.0f}", f"{rows}"]
-
-
-def not_run() -> str:
-    """The arms that have no cell yet."""
-    names = script("field/table.py").ARMS
-    return "; ".join(NAMES.get(arm, arm) for arm in names if arm not in arms())
-
-
-def learned_of_all() -> list[str]:
-    tasks = next(iter(arms()["alone"].values()))["right"]
-    return [f"{len(learned())}", f"{len(tasks)}"]
-
-
 def gate() -> int:
     return round(100 * from_yaml("field/plan.yaml")["above"])
-
-
-def planned() -> list[int]:
-    """Rows of a task and steps of its stage, then those of CB, which has fewer rows."""
-    rows, size = script("field/tasks.py").SPLITS["train"], 8
-    cell = arms()["alone"][0]
-    smaller = cell["steps"] - (len(cell["order"]) - 1) * (rows // size)
-    return [rows, rows // size, smaller * size, smaller]

@@ -15,10 +15,8 @@ from benchmarks.helpers_evidence import (
     BENCHMARKS,
     MISSING,
     Rows,
-    Values,
     estimate,
     from_yaml,
-    less,
     lines,
     number,
     with_interval,
@@ -91,10 +89,6 @@ def gaps(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     return [a - b for a, b in zip(ours, theirs, strict=True)]
 
 
-def alone_ahead() -> str:
-    return estimate(gaps(alone(), right(arm("combined twice rehearsed"))), 1)
-
-
 def stages() -> Rows:
     """The arms with one shared question; those of three seeds have no interval."""
     forgetting = script("stages/table.py").forgetting
@@ -126,31 +120,7 @@ def behind(steps: int) -> str:
     return number(fmean(gaps(at_once, right(of_length(steps)))), 1, "-")
 
 
-def all_kept() -> dict[str, list[float]]:
-    """By seed: 160 steps of rehearsal, and replay of as many old rows."""
-    replay = arm("replay", f"{ALL_KEPT}{LENGTHS[160]}")
-    return {"extend": right(of_length(160)), "replay": right(replay)}
-
-
-def replayed() -> list[str]:
-    """What replay has, and by seed; by seed the rehearsal."""
-    own, replay = all_kept().values()
-    return [number(value, 1, "-") for value in (fmean(replay), *replay, *own)]
-
-
-def replay_is_ahead() -> list[str]:
-    """On how many of the seeds."""
-    own, replay = all_kept().values()
-    return [WORDS[sum(gap < 0 for gap in gaps(own, replay))], WORDS[len(own)]]
-
-
 WORDS = ("none", "one", "two", "three", "four", "five", "six")
-
-
-def planned(*keys: str) -> list[int]:
-    plan = from_yaml("stages/plan.yaml")
-    steps = plan["rows"]["train"] // plan["batch"]
-    return [(plan["defaults"] | {"steps": steps})[key] for key in keys]
 
 
 def tuned(name: str, **settings: float) -> list[float]:
@@ -158,12 +128,6 @@ def tuned(name: str, **settings: float) -> list[float]:
     cells = lines("stages/results.jsonl")
     mine = [c for c in cells if (c["arm"], c["split"]) == (name, "validation")]
     return right([c for c in mine if settings.items() <= c["settings"].items()])
-
-
-def rates_tried(name: str) -> tuple[str, str, str]:
-    """How many rates an arm tried, how far apart they are, in points, and what it has."""
-    found, chosen = tuned(name), fmean(right(arm(name, ARMS[name][0])))
-    return WORDS[len(found)], *(number(x, 1, "-") for x in (max(found) - min(found), chosen))
 
 
 def tuned_twice() -> list[str]:
@@ -193,39 +157,9 @@ def rehearsals() -> Rows:
     return rows
 
 
-def lead(name: str, other: str, sign: str = "+") -> str:
-    """The mean difference of two arms on the seeds of both, in points."""
-    seeds = min(ARMS[name][-1], ARMS[other][-1])
-    pair = (right(arm(each, ARMS[each][0], seeds)) for each in (name, other))
-    return number(fmean(gaps(*pair)), 1, sign)
-
-
-def own_question(*names: str) -> list[str]:
-    return [number(fmean(right(arm(name, "own question"))), 1, "-") for name in names]
-
-
 def ahead(name: str, other: str) -> str:
     """The mean difference of two arms, in points, and its interval."""
     return estimate(gaps(right(arm(name)), right(arm(other))), 1)
-
-
-@cache
-def trial() -> Mapping[str, Values]:
-    """The average of the first trial after the third task, in per cent, by order."""
-    found: dict[str, dict[int, float]] = {}
-    orders: list[list[str]] = []
-    for line in lines("stages/results-2026-11.jsonl"):
-        if len(line["right"]) == 3 and line["arm"] != "together":
-            if line["order"] not in orders:
-                orders.append(line["order"])
-            right = found.setdefault(line["arm"], {})
-            right[orders.index(line["order"])] = 100 * fmean(line["right"].values())
-    return found
-
-
-def orders_less_one_lora() -> str:
-    ours, theirs = (trial()[arm] for arm in ("chain", "one LoRA"))
-    return estimate(less(ours, theirs), 1)
 
 
 # --- combined layer by layer
@@ -263,36 +197,6 @@ def worse() -> list[float]:
     """By how many per cent perplexity of other text rises with the combination, by seed."""
     ratio = script("combining/table.py").ratio
     return [100 * (ratio(cell) - 1) for cell in fresh("layer by layer")]
-
-
-def registered(study: str = "verdict") -> list[str]:
-    """The comparisons that were named beforehand: right answers less the earlier default's, less
-    each stage alone, and the ratio of perplexity."""
-    table = script("combining/table.py")
-    cells = fresh("layer by layer", study)
-    others = {c["seed"]: c for c in fresh("default", study)}
-    pairs = [(cell, others[cell["seed"]]) for cell in cells if cell["seed"] in others]
-    primary = [table.right(own) - table.right(other) for own, other in pairs]
-    second = [table.right(own) - table.alone(own) for own in cells]
-    ratios = estimate([*map(table.ratio, cells)], 3, "-")
-    return [estimate(primary, 1), estimate(second, 1, "-"), ratios]
-
-
-def second_try() -> list[str]:
-    """The same of the rule's second try, and the earlier default's ratio of perplexity there."""
-    ratios = map(script("combining/table.py").ratio, fresh("default", "second_try"))
-    return [*registered("second_try"), estimate([*ratios], 3, "-")]
-
-
-def ranks_compared() -> list[str]:
-    """Rank, right answers and ratio of perplexity of the seeds that have a rank of 40, too."""
-    table, found = script("combining/table.py"), list[str]()
-    wide = fresh("layer by layer, rank 40")
-    both = {cell["seed"] for cell in wide}
-    for cells in (wide, [c for c in fresh("layer by layer") if c["seed"] in both]):
-        ratio = number(fmean(map(table.ratio, cells)), 3, "-")
-        found += [str(cells[0]["settings"]["rank"]), number(fmean(right(cells)), 1, "-"), ratio]
-    return found
 
 
 # --- facts of six months
@@ -337,30 +241,3 @@ def months() -> Rows:
             )
         )
     return rows
-
-
-def after_a_year() -> list[int]:
-    """Right answers of replay, of how many, and those of the combination at the default rank."""
-    found = {(x["way"], x["state"]): x for x in lines("combining/year.jsonl") if "state" in x}
-    replay, ours = found["replay", "now"], found["extend", "now, rank 96"]
-    return [sum(replay["right"]), replay["of"], sum(ours["right"])]
-
-
-def replay_of_facts() -> list[str]:
-    """How far replay is ahead of the default rank, and its share of old rows."""
-    replay, wide = of_month("replay"), of_month("wide")
-    less = [100 * (replay[seed]["score"] - wide[seed]["score"]) for seed in sorted(wide)]
-    stages = (stage for cell in replay.values() for _, stage in cell["config"]["stages"])
-    (share,) = {stage["data"]["replay"] for stage in stages}
-    return [three_seeds(less, 1), {0.5: "half", 1.0: "just"}[share]]
-
-
-def months_compared() -> list[str]:
-    """The registered comparisons: rank 48 less 16, rank 16 less replay, rank 48 less replay."""
-    found = []
-    for one, other in (("wide", "combine"), ("combine", "replay"), ("wide", "replay")):
-        ours, theirs = of_month(one), of_month(other)
-        both = sorted({*ours} & {*theirs})
-        less = [100 * (ours[seed]["score"] - theirs[seed]["score"]) for seed in both]
-        found.append(three_seeds(less, 1, "+"))
-    return found
