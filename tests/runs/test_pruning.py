@@ -78,19 +78,6 @@ def test_what_tensorboard_shows_of_a_stage_goes_with_it(staged, tmp_path):
     assert not any(b"more.jsonl" in path.read_bytes() for path in run.rglob("*") if path.is_file())
 
 
-def test_the_name_of_a_pruned_stage_is_free_again(three, tmp_path):
-    """The same stage trained again is what it was, since its A is drawn by its name. Files that a
-    killed prune has left are no part of it."""
-    run, end = tmp_path / "run", open_run(tmp_path / "run").state
-    left = shutil.copytree(run / "stages/law", tmp_path / "left")
-    prune(run, "law")
-    with pytest.raises(RunError, match="got law for style"):
-        train_all(three | {"stages": [three["stages"][0], stage_of(three, "law")]})
-    shutil.copytree(left, run / "stages/law")
-    train_all(three)
-    assert open_run(run).verify().state == end
-
-
 def test_what_was_done_before_a_stage_was_pruned_is_not_done_again(two, tmp_path):
     """Heads that went are no steps of `undo`."""
     run, style = tmp_path / "run", stage_of(two, "style")

@@ -17,7 +17,7 @@ from chainlora import export_adapter
 from chainlora.errors import ChainLoRAError, RunError
 from chainlora.files import checksums
 from chainlora.runs.addresses import open_run
-from chainlora.runs.changes import log, undo
+from chainlora.runs.changes import log
 from chainlora.runs.declaring import write_plan
 from chainlora.runs.history_file import read_history
 from chainlora.runs.hub import pull_run, push_run
@@ -82,16 +82,6 @@ def test_rule_2_trackers_that_nobody_named_are_not_told(only_a, sentiment):
     write_plan(only_a, change.history, change.start)
     build_run(only_a)
     assert open_run(only_a).stages == ["a", "b"]
-
-
-def test_rule_3_an_entry_of_a_command_that_died_is_built_later(only_a, sentiment, tmp_path):
-    other = Path(shutil.copytree(only_a, tmp_path / "other"))
-    killed("step", only_a, section(sentiment, "b"))
-    train_beside(sentiment, other, "b")
-    for run in (only_a, other):
-        train_beside(sentiment, run, "c")
-    assert open_run(only_a).state == open_run(other).state
-    assert undo(only_a).key == "a"
 
 
 def test_rule_4_a_stage_is_replaced_until_it_begins(only_a, sentiment):

@@ -93,17 +93,6 @@ def test_a_stage_beside_others_has_its_config_from_the_first(abc, ac, sentiment)
         assert train_on(run, section(sentiment, "c"), beside=True) == [None]
 
 
-def test_a_stage_beside_nothing_is_what_the_run_becomes(abc, sentiment):
-    stage = section(sentiment, "d")
-    undo(abc, "base")
-    file = sentiment.with_name("d.yaml")
-    file.write_text(json.dumps(stage))
-    plan = make_plan(extension(abc, stage, beside=True))
-    assert not plan.is_combined_after("d")  # nor promised
-    extend(abc, file, progress=False)
-    assert open_run(abc).entry.key == "d"  # not a combination of one
-
-
 def test_a_stage_that_began_on_top_is_not_beside_others(abc, sentiment):
     """Also where the run is what it began on: it was combined, with nothing."""
     stage = section(sentiment, "d")
