@@ -62,7 +62,7 @@ def tiny_model(
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    words = "quick: an eighth of long tests, all others; rest: half of these, an eighth of slow"
+    words = "quick: short tests, an eighth of long; rest: half of the others, an eighth of slow"
     parser.addoption("--part", choices=["all", "quick", "rest"], default="all", help=words)
     words = "write what tests/training/test_golden_losses.py finds, instead of comparing it"
     parser.addoption("--write-goldens", action="store_true", help=words)
