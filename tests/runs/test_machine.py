@@ -171,11 +171,11 @@ class Commands(RuleBasedStateMachine):
 
 def test_any_order_of_commands(trained_beside, sentiment, tmp_path):
     reference = Reference(Path(shutil.copytree(trained_beside["a"], tmp_path / "all")), sentiment)
-    keys = {"max_examples": 100, "stateful_step_count": 30} if FULL else {"max_examples": 3}
+    keys = {"max_examples": 100, "stateful_step_count": 30} if FULL else {"max_examples": 5}
     run_state_machine_as_test(
         lambda: Commands(trained_beside["a"], sentiment, reference, tmp_path),
         settings=settings(
-            **{"stateful_step_count": 8, "derandomize": not FULL} | keys,
+            **{"stateful_step_count": 12, "derandomize": not FULL} | keys,
             database=None,
             deadline=None,
             suppress_health_check=[*HealthCheck],
