@@ -23,7 +23,6 @@ from chainlora.cli import (
     run_files,
     scores,
     train,
-    updating,
     versioning,
     views,
 )
@@ -136,7 +135,7 @@ def cli(context: click.Context, debug: bool) -> None:
         )
 
 
-_MODULES = (train, versioning, updating, run_files, data_files, scores, generate, views, doctor)
+_MODULES = (train, versioning, run_files, data_files, scores, generate, views, doctor)
 
 for _module in _MODULES:
     for _verb in vars(_module).values():
