@@ -16,16 +16,7 @@ import traceback
 import click
 
 from chainlora import __version__
-from chainlora.cli import (
-    data_files,
-    doctor,
-    generate,
-    run_files,
-    scores,
-    train,
-    versioning,
-    views,
-)
+from chainlora.cli import data_files, doctor, generate, run_files, scores, train, versioning, views
 from chainlora.cli.common import REMOVED, SIGNALLED, Verbs, is_first_process, prepared_streams
 from chainlora.errors import (
     ChainLoRAError,

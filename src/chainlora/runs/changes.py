@@ -136,7 +136,7 @@ def redo(run: str | Path) -> OpenState:
 def log(run: str | Path) -> list[dict[str, Any]]:
     """Return the entries of a run, the latest first.
 
-    Stages that are not finished come first, with a ``name`` and the ``kind`` "declared" or "training". A built
+    Unfinished stages come first, with a ``name`` and the ``kind`` "declared" or "training". An
     entry has its ``name``, ``kind``, ``state`` (a digest), ``parents``, the names of its
     ``stages``, the number of its ``links``, whether it kept ``rows``, and when it ``ended``;
     ``now`` marks the head, ``before`` its ancestors. If the head is the base and an entry is
