@@ -332,8 +332,9 @@ def check_files(data: DataConfig, loss: str | None) -> None:
 
 
 def has_columns(data: DataConfig, loss: str | None) -> bool:
-    """Return whether the first row of every file has the columns of `data.fields` and the fields of
-    `data.format`. True if a file cannot be read, which `check_files` refuses.
+    """Return whether the first row of every file has the columns of `data.fields` and format.
+
+    True if a file cannot be read, which `check_files` refuses.
     """
     fields = {*data.fields}
     if data.format != "auto" and loss not in PAIR_LOSSES:
