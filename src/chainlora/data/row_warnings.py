@@ -21,6 +21,7 @@ from chainlora.errors import DataError
 
 _log = logging.getLogger(__name__)
 
+CHANGED = "other answers than in"  # text of a warning; the board searches for it
 _SCORED = ("validation", "test")
 _WIDTH = 60  # characters of a text that a warning shows
 
@@ -145,7 +146,7 @@ def warn_of_changed(
     newest = "the newest answer counts (--keep-conflicts keeps both)"
     counts = "both count (data.keep_conflicts)" if keeps else newest
     _log.warning(
-        f"{stage}: {changed.prompts} prompt{have} other answers than in {stages}{shown}; {counts}"
+        f"{stage}: {changed.prompts} prompt{have} {CHANGED} {stages}{shown}; {counts}"
     )
 
 
