@@ -145,9 +145,7 @@ def warn_of_changed(
     have, stages = "s have" if changed.prompts > 1 else " has", ", ".join(changed.stages)
     newest = "the newest answer counts (--keep-conflicts keeps both)"
     counts = "both count (data.keep_conflicts)" if keeps else newest
-    _log.warning(
-        f"{stage}: {changed.prompts} prompt{have} {CHANGED} {stages}{shown}; {counts}"
-    )
+    _log.warning(f"{stage}: {changed.prompts} prompt{have} {CHANGED} {stages}{shown}; {counts}")
 
 
 def _shown(tokenizer: Any, tokens: Sequence[int], *, end: bool = False) -> str:

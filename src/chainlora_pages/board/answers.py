@@ -16,11 +16,17 @@ _ADVICE = (
 )
 
 
-def answers_html(desk: Desk, states: Sequence[tuple[str, str]], stage: str | None = None) -> str:
+def answers_html(
+    desk: Desk,
+    states: Sequence[tuple[str, str]],
+    stage: str | None = None,
+    *,
+    has_advice: bool = False,
+) -> str:
     """Return a table of questions and answers, and the numbers of right answers.
 
-    `states` are names and entries. With `stage`, only its rows are asked, and a sentence says what
-    to try if the first state gets few right.
+    `states` are names and entries. With `stage`, only its rows are asked. With `has_advice`, a
+    sentence says what to try if the first state gets few right.
     """
     try:
         asked = desk.replies([key for _, key in states], stage)
@@ -32,7 +38,7 @@ def answers_html(desk: Desk, states: Sequence[tuple[str, str]], stage: str | Non
     names = [name for name, _ in states]
     texts = [f"{name} {count}" for name, count in zip(names, counts, strict=True)]
     texts[0] = f"{counts[0]} of {len(asked)} right" + f" ({names[0]})" * (names[0] != "got")
-    is_few = stage is not None and counts[0] < _FEW * len(asked)
+    is_few = has_advice and counts[0] < _FEW * len(asked)
     summary = f"**{as_text('; '.join(texts))}.** {_ADVICE if is_few else ''}"
     title = f"Answers to the rows of {stage}" if stage else "Answers to rows of the data"
     return render_part([section(title, Texts(title, heads, rows), Text(summary))])

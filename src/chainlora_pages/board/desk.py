@@ -22,7 +22,7 @@ from chainlora.evaluation.training_rows import RowFacts, training_rows
 from chainlora.models.finding import resolve_model
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import earlier_of, later_of, undo
-from chainlora.runs.entries import BASE
+from chainlora.runs.entries import BASE, START
 from chainlora.runs.exported import exporter_to
 from chainlora.runs.history import History
 from chainlora.runs.opening import tokenizer_of
@@ -117,7 +117,8 @@ class Desk:
 
     def prompts(self, count: int) -> list[str]:
         """Return the first kept prompts of each stage."""
-        rows = [row for kept in self.state.kept().values() for row in kept.scored[1][:count]]
+        kept = {key: rows for key, rows in self.state.kept().items() if key != START}
+        rows = [row for stage in kept.values() for row in stage.scored[1][:count]]
         texts = [self.tokenizer.decode(row.prompt, skip_special_tokens=True) for row in rows]
         return list(dict.fromkeys(text for text in texts if text))
 
@@ -161,7 +162,9 @@ class Desk:
         ]
         prompts = prompts_of(sources, self.tokenizer)
         if not prompts:
-            raise RunError("There are no questions to ask: the kept rows are texts, or there are none")
+            raise RunError(
+                "There are no questions to ask: the kept rows are texts, or there are none"
+            )
         said = []
         with self._one_at_a_time:
             for key in keys:

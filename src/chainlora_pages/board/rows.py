@@ -88,12 +88,16 @@ def preview_html(upload: Upload, question: str | None, answer: str | None) -> st
     used: Mapping[str | None, str] = {question: "question", answer: "answer"}
     read = ROW_FIELDS["alpaca"] if (question, answer) == _OWN[0] else ()
     parts = {column: used.get(column, "part of the question") for column in (*used, *read)}
-    heads = [f"{name}: {parts.get(name, 'ignored')}" for name in upload.columns]
+    heads = [_head(name, parts.get(name, "ignored")) for name in upload.columns]
     if not upload.has_pairs:
         heads = upload.columns
     rows = [[_text(row.get(column)) for column in upload.columns] for row in upload.rows]
     title = f"The first {len(rows)} rows" if len(rows) > 1 else "The first row"
     return render_part([section(title, Texts(title, heads, rows))])
+
+
+def _head(name: str, use: str) -> str:
+    return name if name.lower() == use else f"{name} ({use})"
 
 
 def _text(value: Any) -> str:

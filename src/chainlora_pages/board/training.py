@@ -37,7 +37,7 @@ UPLOADS = ".uploads"  # the dot keeps `find_runs` from taking it for a run
 _DONE = {"combine": "Combined.", "prune": "Taken out."}  # by command
 _COMBINING = re.compile(r"combining (?P<parts>.+): (?P<unit>\w+) (?P<at>\d+) of (?P<all>\d+)$")
 _WORK = re.compile(rf"{_COMBINING.pattern}|: (?:trained|combined) in |, \d+ steps|^step +\d")
-_NOTICES = (CHANGED, "left out", "training rows too", "were cut from")  # texts of warnings
+_NOTICES = (HARM, CHANGED, "left out", "training rows too", "were cut from")  # texts of warnings
 _SHOWN = 1 << 16  # bytes at the end of the log that are read
 
 
@@ -109,7 +109,9 @@ def as_uploaded(text: str, copy: str | Path, name: str) -> str:
 
 def plain(text: str) -> str:
     """Return a message for a reader of the page: without folders, options and commands."""
-    text = re.sub(r"(?:(?<=[\s('\"`=:,])|^)(?:\.|~)*(?:/[^/\s'\"`(),;:]+)*/([^/\s'\"`(),;:]+)", r"\1", text)
+    text = re.sub(
+        r"(?:(?<=[\s('\"`=:,])|^)(?:\.|~)*(?:/[^/\s'\"`(),;:]+)*/([^/\s'\"`(),;:]+)", r"\1", text
+    )
     text = re.sub(r" ?\([^()]*(?:--|chainlora )[^()]*\)", "", text)
     return re.sub(r"[;,.] [^;]*(?:--\w|\bchainlora )[^;]*", "", text)
 
@@ -140,7 +142,7 @@ class Trainer:
         self._child: subprocess.Popen[bytes] | None = None
         self._words: list[str] = []
         self._name = ""
-        self._is_stopping = self._is_dismissed = False
+        self._is_stopping, self._dismissed = False, set[str]()
         self._folder = TemporaryDirectory(prefix="chainlora-", ignore_cleanup_errors=True)
 
     @property
@@ -163,7 +165,7 @@ class Trainer:
             rule = "Another training is running: only one can run at a time"
             raise RunError(rule, remedy="stop it, or wait for its end")
         self._is_stopping, self._words, self._name = False, words, name
-        self._is_dismissed = False
+        self._dismissed.clear()
         # A new session: otherwise Ctrl-C in the terminal of the board would stop it twice. A file,
         # not a pipe: the command continues if the board is killed.
         with self._log.open("wb") as log:
@@ -223,6 +225,11 @@ class Trainer:
         return Work(f"Training: step {step} of {total}{left}", int(step) / int(total))
 
     @property
+    def has_trained(self) -> bool:
+        """Return whether the last command trained on rows."""
+        return self._words[:1] in (["train"], ["extend"])
+
+    @property
     def finished(self) -> str:
         """Return a text that is unique to the last command if it has succeeded, else ""."""
         is_done = self._child is not None and self._child.poll() == 0
@@ -231,13 +238,13 @@ class Trainer:
     @property
     def notices(self) -> list[str]:
         """Return the warnings of the last command that a user should see, until dismissed."""
-        shown = [line for line in self.lines(99) if any(mark in line for mark in _NOTICES)]
-        notices = [plain(line.removeprefix("warning: ")) for line in shown]
-        return [] if self._is_dismissed else list(dict.fromkeys(notices))
+        lines = dict.fromkeys(line.removeprefix("warning: ") for line in self.lines(99))
+        found = [line for line in lines if any(mark in line for mark in _NOTICES)]
+        return [line for line in found if line not in self._dismissed]
 
     def dismiss(self) -> None:
-        """Hide the notices of the last command."""
-        self._is_dismissed = True
+        """Hide the present notices of the last command."""
+        self._dismissed |= {*self.notices}
 
     @property
     def _is_stopped(self) -> bool:

@@ -21,7 +21,17 @@ from chainlora.runs.locks import is_held
 from chainlora.runs.paths import HISTORY, is_run, split_address, stage_folder
 from chainlora.runs.state import OpenState
 from chainlora_pages.charts import Picture, table_of
-from chainlora_pages.page import Block, Column, Numbers, Section, Text, Tiles, as_text, render_part, section
+from chainlora_pages.page import (
+    Block,
+    Column,
+    Numbers,
+    Section,
+    Text,
+    Tiles,
+    as_text,
+    render_part,
+    section,
+)
 from chainlora_pages.run_charts import LOSS, RATE, training_pictures
 from chainlora_pages.run_report import links_blocks, stage_blocks
 from chainlora_pages.runs import RunFacts, duration, read_state, run_names, score_text

@@ -1,0 +1,53 @@
+"""Parts that the tabs of the board share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from chainlora.errors import ChainLoRAError, RunError
+from chainlora_pages.board.training import plain
+from chainlora_pages.board.watching import find_runs
+
+MODEL: Any = {"concurrency_id": "model", "concurrency_limit": 1}  # all answers use one model
+
+
+class Choice(gr.Dropdown):
+    """A dropdown whose choices change while the board runs.
+
+    Gradio accepts only the choices that a page had when it was opened, and so refuses new runs to
+    clients without a page. Handlers check the value, for a run by `known_run`.
+    """
+
+    is_template = True  # the browser shows a plain dropdown
+
+    def preprocess(self, payload: Any) -> Any:
+        """Return the chosen value."""
+        return payload
+
+
+def known_run(places: Sequence[str | Path], run: object) -> str:
+    """Return a run of the board. Raises RunError for any other path."""
+    if run not in map(str, find_runs(places).values()):
+        raise RunError("The run must be one of this board", remedy="train one, or choose another")
+    return str(run)
+
+
+def choices(runs: Mapping[str, Path]) -> list[tuple[str, str]]:
+    """Return runs as choices of a dropdown."""
+    return [(name, str(run)) for name, run in runs.items()]
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Show errors of chainlora to the user as their one line, until it is dismissed."""
+    try:
+        yield
+    except ChainLoRAError as error:
+        text = escape(plain(str(error)))
+        raise gr.Error(text, duration=None, print_exception=False) from error
