@@ -35,7 +35,7 @@ from chainlora_pages.board.desk import Desk, added, in_use
 from chainlora_pages.board.train_tab import standing, targets, train_tab
 from chainlora_pages.board.training import Trainer, plain
 from chainlora_pages.board.watching import find_runs, sections_of
-from chainlora_pages.board.widgets import MODEL, Choice, choices, known_run, told
+from chainlora_pages.board.widgets import MODEL, changing_choice, choices, known_run, told
 from chainlora_pages.page import Section, as_text, part_style, render_part
 
 _SECONDS = 4  # between two reads of the files; unchanged parts are not drawn again
@@ -63,9 +63,12 @@ input[role=combobox] { padding-right: 2.5rem !important; text-overflow: ellipsis
 #scores:not(:has(table)) { display: none; }
 #title h1 { margin: 0; }
 #notices p { border-left: 4px solid #b7791f; padding-left: 0.7rem; font-weight: 600; }
-#step progress { width: 100%; height: 0.8rem; accent-color: #2563eb; }
+#step progress { appearance: none; border: 0; width: 100%; height: 0.7rem; margin-bottom: 0.8rem;
+  border-radius: 0.35rem; overflow: hidden; background: #8b95a355; }
+#step ::-webkit-progress-bar { background: none; }
+#step ::-webkit-progress-value { background: #2563eb; }
+#step ::-moz-progress-bar { background: #2563eb; }
 #step figure { max-width: 32rem; }
-#step progress { margin-bottom: 0.8rem; }
 #example :is(pre, code) { white-space: pre-wrap !important; overflow-wrap: anywhere; }
 #log pre { margin: 0.4rem 0 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 0.8rem; }
 .chainlora { background: none !important; }
@@ -173,7 +176,7 @@ def page_of(places: Sequence[str | Path], trainer: Trainer) -> gr.Blocks:
     with gr.Blocks(title="chainlora board", analytics_enabled=False) as blocks:
         gr.Markdown(_TITLE, elem_id="title")
         several = len(before) > 1
-        run = Choice(choices(before), label="Run", visible=several, elem_id="run")
+        run = changing_choice(choices(before), label="Run", visible=several, elem_id="run")
         version, wanted = gr.State(""), gr.State(None)
         with gr.Row():
             with gr.Column(min_width=280):

@@ -12,7 +12,7 @@ from chainlora.errors import ChainLoRAError
 from chainlora.runs.history_file import read_history
 from chainlora.runs.pruning import plan_pruning
 from chainlora_pages.board.training import Trainer
-from chainlora_pages.board.widgets import Choice, known_run, told
+from chainlora_pages.board.widgets import changing_choice, known_run, told
 from chainlora_pages.page import as_text
 
 _HELP = (
@@ -21,21 +21,21 @@ _HELP = (
 )
 
 
-def data_sets(run: str | None) -> Choice:
+def data_sets(run: str | None) -> Any:
     """Return the data sets of a run as choices."""
     try:
         history = read_history(Path(run)) if run else None
     except ChainLoRAError:
         history = None
     names = [entry.key for entry in history.entries if entry.has_config] if history else []
-    return Choice(choices=names)
+    return gr.Dropdown(choices=names)
 
 
 def correcting_part(places: Sequence[str | Path], trainer: Trainer, run: Any) -> tuple[Any, Any]:
     """Create the section. Return the dropdown of data sets, and the event that begins a change."""
     with gr.Accordion("Correct or erase", open=False):
         gr.Markdown(_HELP)
-        stage = Choice(label="Data set", interactive=True, elem_id="data-set")
+        stage = changing_choice(label="Data set", interactive=True, elem_id="data-set")
         ask = gr.Button("Take out …", elem_id="take-out")
         with gr.Group(visible=False) as confirm:
             question = gr.Markdown(elem_id="confirm", padding=True)

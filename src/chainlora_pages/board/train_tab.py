@@ -21,7 +21,7 @@ from chainlora_pages.board.models import model_choices, models_at_hand
 from chainlora_pages.board.rows import guess, preview_html, read_upload
 from chainlora_pages.board.training import Offer, Trainer, command_of, continuing, plain
 from chainlora_pages.board.watching import find_runs, loss_html, standing_of
-from chainlora_pages.board.widgets import MODEL, Choice, choices, known_run, told
+from chainlora_pages.board.widgets import MODEL, changing_choice, choices, known_run, told
 
 _ROWS = """
 Each row is one question and the answer that you want. As CSV, which spreadsheets save:
@@ -108,8 +108,8 @@ def _rows_part() -> list[Any]:
     preview = gr.HTML(apply_default_css=False, visible=False, elem_id="preview")
     with gr.Row(visible=False) as menus:
         keys = {"interactive": True, "min_width": 200}
-        question = Choice(label="Column of the questions", elem_id="question", **keys)
-        answer = Choice(label="Column of the answers", elem_id="answer", **keys)
+        question = changing_choice(label="Column of the questions", elem_id="question", **keys)
+        answer = changing_choice(label="Column of the answers", elem_id="answer", **keys)
     return [rows, question, answer, example, preview, menus]
 
 
@@ -118,13 +118,13 @@ def _target_part(folder: Path | None, runs: Mapping[str, Path]) -> list[Any]:
     with gr.Row():
         keys: Any = {"interactive": True, "min_width": 240}
         first = next(iter(map(str, runs.values())), "")
-        into = Choice(
+        into = changing_choice(
             targets(folder, runs), value=first, label="Train into", elem_id="into", **keys
         )
         model = gr.Dropdown(
             model_choices(),
             value=next(iter(models_at_hand()), None),
-            label="Model: on this machine, on the Hugging Face Hub, or a folder",
+            label="Model (or its folder)",
             allow_custom_value=True,
             visible=folder is not None and not first,
             elem_id="model",
@@ -229,7 +229,9 @@ def train_tab(
         now = find_runs(places)
         file, to = _restored(kept, now)
         shown = to or next(iter(map(str, now.values())), None)
-        target = Choice(choices=targets(folder, now), value=(shown or "") if to is None else to)
+        target = gr.Dropdown(
+            choices=targets(folder, now), value=(shown or "") if to is None else to
+        )
         # without a kept file, an upload since the page was opened must stay
         uploaded = (file, *_read(file)) if file else [gr.skip()] * (1 + len(read))
         return target, shown, *uploaded
@@ -260,7 +262,7 @@ def _restored(kept: Any, runs: Mapping[str, Path]) -> tuple[str | None, str | No
 def _read(file: str | None) -> tuple[Any, ...]:
     """Return the updates after an upload: name, example, preview, and menus of columns."""
     if not file:
-        empty = Choice(choices=[], value=None)
+        empty = gr.Dropdown(choices=[], value=None)
         return (
             "",
             gr.Markdown(visible=True),
@@ -278,8 +280,8 @@ def _read(file: str | None) -> tuple[Any, ...]:
         gr.Markdown(visible=False),
         gr.HTML(preview_html(upload, asked, right), visible=True),
         gr.Row(visible=upload.has_pairs),
-        Choice(choices=names, value=asked or ""),
-        Choice(choices=names, value=right or ""),
+        gr.Dropdown(choices=names, value=asked or ""),
+        gr.Dropdown(choices=names, value=right or ""),
     )
 
 

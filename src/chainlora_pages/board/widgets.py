@@ -17,18 +17,13 @@ from chainlora_pages.board.watching import find_runs
 MODEL: Any = {"concurrency_id": "model", "concurrency_limit": 1}  # all answers use one model
 
 
-class Choice(gr.Dropdown):
-    """A dropdown whose choices change while the board runs.
+def changing_choice(*values: Any, **keys: Any) -> gr.Dropdown:
+    """Create a dropdown whose choices change while the board runs.
 
-    Gradio accepts only the choices that a page had when it was opened, and so refuses new runs to
-    clients without a page. Handlers check the value, for a run by `known_run`.
+    Gradio checks values by the choices of the opened page, and so would refuse new runs to clients
+    without a page. Handlers check the value instead, for a run by `known_run`.
     """
-
-    is_template = True  # the browser shows a plain dropdown
-
-    def preprocess(self, payload: Any) -> Any:
-        """Return the chosen value."""
-        return payload
+    return gr.Dropdown(*values, allow_custom_value=True, **keys)
 
 
 def known_run(places: Sequence[str | Path], run: object) -> str:
