@@ -23,6 +23,7 @@ from chainlora import export_adapter, extend, load_run, train
 from chainlora.config.staging import make_stages
 from chainlora.errors import ConfigError, DataError, RunError
 from chainlora.evaluation.generation import Decoding, Speaker
+from chainlora.evaluation.metrics import exact_match
 from chainlora.evaluation.stage_scores import Scorer
 from chainlora.files import checksums
 from chainlora.runs.addresses import open_run
@@ -76,9 +77,9 @@ def said_by(state: OpenState) -> str:
 
 def test_any_state_of_a_run_is_asked_scored_and_made_the_run(run, tmp_path):
     """Of a combination, and of the base, too."""
-    rows = [{"prompt": f"the cat sat on {n}", "completion": " blue lakes"} for n in range(32)]
+    rows = [{"prompt": f"the cat sat on {n}", "completion": " yes"} for n in range(32)]
     file = write_rows(tmp_path / "lakes.jsonl", rows)
-    extend(run, {"data": {"train": str(file)}, "chain": {"ranks": [4], "steps": [15]}}, beside=True)
+    extend(run, {"data": {"train": str(file)}, "chain": {"ranks": [4], "steps": [60]}}, beside=True)
     desk = Desk(run)
     named = ("now: after-lakes (birds + hills + lakes)", "lakes", "before: hills (birds + hills)")
     assert list(desk.entries) == [*named, "birds", "base"]
@@ -92,9 +93,9 @@ def test_any_state_of_a_run_is_asked_scored_and_made_the_run(run, tmp_path):
         s for s in ("birds", "hills", "lakes") for _ in range(6)
     ]
     for each in asked:
-        assert each.expected == (SAID | {"lakes": " blue lakes"})[each.stage].strip()
+        assert each.expected == (SAID | {"lakes": " yes"})[each.stage]
         for said in each.answers:
-            assert said.is_right == (said.text.strip() == each.expected)
+            assert said.is_right == exact_match(said.text, [each.expected])
     right = {key: sum(e.answers[n].is_right for e in asked) for n, key in enumerate(keys)}
     assert right["lakes"] == 6  # its own rows, learned by heart
     assert right["base"] == 0
@@ -161,7 +162,8 @@ def test_where_runs_are_is_read_while_they_train(trained, configure, tmp_path):
     assert "Training was interrupted. Press <strong>Continue" in live
     done = render_part(sections_of({}, runs["done"]))
     assert all(f">{name}</h3>" in done for name in SAID)
-    assert done.index("Loss of every stage after") < done.index("Loss over the steps")
+    assert done.index("Loss over the steps") < done.index("Show stages")  # losses are folded
+    assert "Loss of every stage after" in done
 
 
 def test_a_run_that_is_made_anew_is_shown_and_heard_anew(configure, tmp_path):
@@ -256,7 +258,7 @@ def test_columns_are_recognised_by_their_names(tmp_path, head, fields):
     if fields is not None:
         assert fields_of(upload, *guess(upload.columns)) == fields
         return
-    with pytest.raises(ConfigError, match="Choose the column .* the file has frage, antwort"):
+    with pytest.raises(ConfigError, match=r"Choose the column .* the file has frage, antwort"):
         fields_of(upload, None, None)
     assert fields_of(upload, "frage", "antwort") == {"prompt": "frage", "completion": "antwort"}
     words = command_of(tmp_path, file, columns=("frage", "antwort"), model="m")
@@ -265,7 +267,7 @@ def test_columns_are_recognised_by_their_names(tmp_path, head, fields):
 
 def test_messages_for_a_page_have_no_folders_and_options():
     for text, shown in (
-        ("no run (got none in /root/a/run); chainlora undo /root/a/run", "no run (got none in run)"),
+        ("no run (got none in /root/a/run); chainlora undo /a/b", "no run (got none in run)"),
         ("a row is bad (got 3 at /tmp/x/b.csv line 3); correct it",
          "a row is bad (got 3 at b.csv line 3); correct it"),
         ("1 prompt changed; the newest counts (--keep-conflicts keeps both)",
@@ -388,7 +390,8 @@ def test_a_person_watches_compares_and_saves(page, served, run):
     page.goto(served)
     page.wait_for_selector(".tiles")
     assert "done" in page.inner_text(".tiles")
-    assert page.locator("svg:has-text('rows of stage')").count() == 1  # the matrix
+    page.get_by_text("For specialists").click()
+    page.wait_for_selector("svg:has-text('rows of stage')")  # the matrix
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.get_by_role("tab", name="Ask").click()
     page.fill("#prompt textarea", PROMPT)
