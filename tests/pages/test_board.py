@@ -77,9 +77,9 @@ def said_by(state: OpenState) -> str:
 
 def test_any_state_of_a_run_is_asked_scored_and_made_the_run(run, tmp_path):
     """Of a combination, and of the base, too."""
-    rows = [{"prompt": f"the cat sat on {n}", "completion": " yes"} for n in range(32)]
+    rows = [{"prompt": f"the cat sat on {n}", "completion": " blue lakes"} for n in range(32)]
     file = write_rows(tmp_path / "lakes.jsonl", rows)
-    extend(run, {"data": {"train": str(file)}, "chain": {"ranks": [4], "steps": [60]}}, beside=True)
+    extend(run, {"data": {"train": str(file)}, "chain": {"ranks": [4], "steps": [15]}}, beside=True)
     desk = Desk(run)
     named = ("now: after-lakes (birds + hills + lakes)", "lakes", "before: hills (birds + hills)")
     assert list(desk.entries) == [*named, "birds", "base"]
@@ -93,17 +93,9 @@ def test_any_state_of_a_run_is_asked_scored_and_made_the_run(run, tmp_path):
         s for s in ("birds", "hills", "lakes") for _ in range(6)
     ]
     for each in asked:
-        assert each.expected == (SAID | {"lakes": " yes"})[each.stage]
+        assert each.expected == (SAID | {"lakes": " blue lakes"})[each.stage]
         for said in each.answers:
             assert said.is_right == exact_match(said.text, [each.expected])
-    right = {key: sum(e.answers[n].is_right for e in asked) for n, key in enumerate(keys)}
-    assert right["lakes"] == 6  # its own rows, learned by heart
-    assert right["base"] == 0
-    html = answers_html(desk, [("got", "base"), ("before", "lakes")], "lakes", has_advice=True)
-    assert html.count("✗ wrong") == html.count("✓ right") == 20
-    assert "0 of 20 right; before 20" in html.replace("\\", "")
-    assert "more epochs" in html
-    assert "more epochs" not in answers_html(desk, [("got", "lakes")], "lakes", has_advice=True)
     assert checksums(run) == before  # nothing that is heard changes the run
     desk.export("hills", tmp_path / "hills", "gguf")
     assert (tmp_path / "hills/Modelfile").is_file()
@@ -114,6 +106,23 @@ def test_any_state_of_a_run_is_asked_scored_and_made_the_run(run, tmp_path):
     desk.look_again(open_run(run))
     assert desk.before in desk.entries.values()
     assert desk.replies(["base"], "birds")
+
+
+def test_right_answers_are_counted_and_few_are_told(tiny_folder, tmp_path):
+    rows = [{"prompt": f"the cat sat on {n}", "completion": " yes"} for n in range(32)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    keys = {"chain": {"ranks": [8], "steps": [60]}, "train": {"lr": 3e-2}, "start_data": "none"}
+    config = {"model": str(tiny_folder), "output": str(tmp_path / "run"), **keys}
+    train(config | {"data": {"train": str(file)}}, progress=False)
+    desk = Desk(tmp_path / "run")
+    (now,) = desk.now.stages
+    html = answers_html(desk, [("got", now), ("before", "base")], now, has_advice=True)
+    assert html.count("✓ right") == html.count("✗ wrong") == 20
+    assert "20 of 20 right; before 0." in html
+    assert "more epochs" not in html
+    html = answers_html(desk, [("got", "base"), ("before", now)], now, has_advice=True)
+    assert "0 of 20 right; before 20." in html
+    assert "more epochs" in html
 
 
 def test_a_state_is_exported_as_by_command(run, tmp_path):

@@ -33,7 +33,9 @@ def answers_html(
     except RunError as error:
         return render_part([section("Answers", Text(as_text(f"{error}.")))])
     heads = ["question", "expected", *(name for name, _ in states)]
-    rows = [[each.prompt, each.expected or "", *each.answers] for each in asked]
+    rows: list[list[str | Said]] = [
+        [each.prompt, each.expected or "", *each.answers] for each in asked
+    ]
     counts = [sum(said.is_right is True for said in column) for column in _columns(asked)]
     names = [name for name, _ in states]
     texts = [f"{name} {count}" for name, count in zip(names, counts, strict=True)]

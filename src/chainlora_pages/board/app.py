@@ -246,7 +246,7 @@ def _look(
         runs = find_runs(places)
         new = [str(run) for run in runs.values() if wanted and run.resolve() == Path(wanted)]
         is_gone = shown is not None and not is_run(shown)
-        if shown not in map(str, runs.values()) and not is_gone:
+        if shown not in [str(run) for run in runs.values()] and not is_gone:
             shown = None
         shown = next(iter([*new, *([shown] if shown else map(str, runs.values()))]), None)
         parts = (_NO_RUN, "") if shown is None else _parts(sections_of(runs, Path(shown)))

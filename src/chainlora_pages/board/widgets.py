@@ -26,9 +26,9 @@ def changing_choice(*values: Any, **keys: Any) -> gr.Dropdown:
     return gr.Dropdown(*values, allow_custom_value=True, **keys)
 
 
-def known_run(places: Sequence[str | Path], run: object) -> str:
+def known_run(places: Sequence[str | Path], run: str | None) -> str:
     """Return a run of the board. Raises RunError for any other path."""
-    if run not in map(str, find_runs(places).values()):
+    if run not in [str(path) for path in find_runs(places).values()]:
         raise RunError("The run must be one of this board", remedy="train one, or choose another")
     return str(run)
 
