@@ -15,8 +15,8 @@ demo: $(VENV)/.product
 # By file: a run that the tests of a file share is trained once.
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --dist loadfile
 
-# Of the tests that take a second or more (tests/durations.txt) every sixth one, drawn by the commit. test-rest has the
-# others, and a sixth of those marked `slow`, which take some tens of seconds each; test-full has all there are.
+# Of the tests that take 0.3 s or more (tests/durations.txt) every eighth one, drawn by the commit. test-rest has half of
+# the others, drawn too, and an eighth of those marked `slow`, which take some tens of seconds each; test-full has all.
 test: $(VENV)/.ready
 	$(PYTEST) -n auto --maxprocesses 3 --part quick
 
@@ -26,11 +26,11 @@ test-rest: $(VENV)/.ready
 test-full: $(VENV)/.ready
 	$(PYTEST) -n auto --maxprocesses 4
 
-# The tests that take a second or more with what they set up, on an idle machine.
+# The tests that take 0.3 s or more with what they set up, on an idle machine.
 durations: $(VENV)/.ready
 	$(PYTEST) -n 2 -m 'not slow' --durations 0 -vv > build/durations.log
 	grep -E '^[0-9.]+s (setup|call)' build/durations.log | sed 's/s *\(setup\|call\) */ /' \
-	  | awk '{t = $$1; $$1 = ""; sum[$$0] += t} END {for (n in sum) if (sum[n] >= 1) printf "%.1f%s\n", sum[n], n}' \
+	  | awk '{t = $$1; $$1 = ""; sum[$$0] += t} END {for (n in sum) if (sum[n] >= 0.3) printf "%.1f%s\n", sum[n], n}' \
 	  | sort -rn > tests/durations.txt
 
 # Every causal language model of transformers, some ten minutes, or with PART=0/3 every third one; `test`

@@ -1,8 +1,9 @@
-"""docs/layout.md: its recipes, run in both loops, and as plug-ins from the command line."""
+"""The plug-ins of examples/plugins (docs/layout.md), in both loops and from the command line."""
 
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import yaml
 from helpers import Stop, records_of, settings, stage_dir, stopping
 from helpers_integrations import make_trainer, peft_model
-from test_docs import ROOT, blocks
+from test_docs import ROOT
 
 import chainlora
 from chainlora import ChainCallback, registry, train
@@ -18,22 +19,22 @@ from chainlora.knots import policy
 from chainlora.training import objectives, optimizers
 from chainlora.training.events import Event, StepDone
 
-RECIPES = blocks((ROOT / "docs/layout.md").read_text(encoding="utf-8"), "python")
+PLUGINS = {file.stem: file for file in (ROOT / "examples/plugins").glob("*.py")}
 
 
-def run_recipe(word: str) -> None:
-    """Run the one Python block of the page that has a word."""
-    (found,) = [block for block in RECIPES if word in block]
-    exec(compile(found, word, "exec", dont_inherit=True), {"__name__": f"recipe_{word}"})
+def run_plugin(name: str) -> None:
+    runpy.run_path(str(PLUGINS[name]), run_name=f"plugin_{name}")
 
 
 @pytest.fixture
 def mine(tmp_path):
-    """A file with all three recipes, in the working directory; what it registers ends with the
+    """A file with all three plug-ins, in the working directory; what it registers ends with the
     test."""
     tables = policy.POLICIES, objectives.OBJECTIVES, optimizers.OPTIMIZERS
     before = [dict(table) for table in tables]
-    (tmp_path / "mine.py").write_text("\n\n".join(RECIPES))
+    (tmp_path / "mine.py").write_text(
+        "\n\n".join(file.read_text("utf-8") for file in PLUGINS.values())
+    )
     yield tmp_path / "mine.py"
     for table, kept in zip(tables, before, strict=True):
         table.clear()
@@ -66,7 +67,7 @@ def losses_of(events: list[Event]) -> list[float]:
 
 def test_a_knot_policy_of_ones_own_in_a_trainer(tiny_folder, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setitem(policy.POLICIES, "doubling", None)
-    run_recipe("class DoublingKnots")
+    run_plugin("doubling")
     steps = []
     tie_share = chainlora.Chain.tie_share
 
@@ -83,7 +84,7 @@ def test_a_knot_policy_of_ones_own_in_a_trainer(tiny_folder, tokenizer, tmp_path
 
 def test_an_objective_of_ones_own(tiny_folder, sentiment, monkeypatch):
     monkeypatch.setitem(objectives.OBJECTIVES, "margin", None)
-    run_recipe("class Margin")
+    run_plugin("margin")
     margin = objectives.OBJECTIVES["margin"]
     monkeypatch.setitem(objectives.OBJECTIVES, "candidates", margin)  # the name in the task file
     events = events_of(settings(tiny_folder, sentiment, chain={"ranks": [4], "steps": [20]}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import io
 import json
-import re
+import runpy
 import shlex
 import shutil
 import sys
@@ -119,8 +119,7 @@ def test_serving(checkout, capsys):
 
 
 def test_the_method_in_code():
-    (block,) = blocks(ROOT / "docs/method.md", "python")
-    exec(block, {"__name__": "method"})
+    runpy.run_path(str(ROOT / "examples/method.py"), run_name="method")
 
 
 # --- notebooks ---
@@ -149,17 +148,6 @@ def kinds(notebook: Any) -> list[list[tuple]]:
         for cell in cells_of_code(notebook)
     ]
     return [[(o.get("name"), *sorted(o.get("data", ()))) for o in each] for each in outputs]
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_outputs_are_of_one_run_and_short(path):
-    assert path.stat().st_size < 50_000  # with one chart
-    cells = cells_of_code(read(path))
-    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-    for output in [output for cell in cells for output in cell.outputs]:
-        text = output.get("text") or output["data"]["text/plain"]
-        assert len(text.splitlines()) <= 24, text
-        assert not re.search(r"/(tmp|root|home|work)/|Warning|\x1b", str(output)), text
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ _NAMES = {  # the public names of each module
     "chainlora.config.schema": ("LinkConfig", "RunConfig"),
     "chainlora.config.reading": ("load_config", "make_config"),
     "chainlora.training.stages": ("train", "extend", "add", "combine"),
+    "chainlora.training.updating": ("update",),
     "chainlora.runs.addresses": ("open_run",),
     "chainlora.runs.changes": ("undo", "redo", "log"),
     "chainlora.evaluation.stage_scores": ("stage_matrix",),
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
     from chainlora.training.stages import combine as combine
     from chainlora.training.stages import extend as extend
     from chainlora.training.stages import train as train
+    from chainlora.training.updating import update as update
     from chainlora_trainer.callback import ChainCallback as ChainCallback
 
 

@@ -70,7 +70,7 @@ def file_error(error: OSError, path: str | Path, verb: str) -> FileError:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace a file atomically and durably."""
-    with _replaced(path) as scratch, scratch.open("wb") as file:
+    with replaced_file(path) as scratch, scratch.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -90,7 +90,7 @@ def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
     """Replace a safetensors file atomically and durably."""
-    with _replaced(path) as scratch:
+    with replaced_file(path) as scratch:
         save_tensors(scratch, tensors, metadata)
         sync_file(scratch)
 
@@ -122,13 +122,13 @@ def copy_file(source: Path, path: Path) -> None:
     """Copy a file to a path, atomically and durably."""
     make_folder(path.parent)
     remove_scratch(path.parent, path.name)
-    with _replaced(path) as scratch:
+    with replaced_file(path) as scratch:
         shutil.copyfile(source, scratch)
         sync_file(scratch)
 
 
 @contextmanager
-def _replaced(path: Path) -> Iterator[Path]:
+def replaced_file(path: Path) -> Iterator[Path]:
     """Yield a scratch path; rename it to `path` at the end, or delete it after an error."""
     scratch = _scratch(path, ".new")
     with reported(path):

@@ -91,10 +91,10 @@ def in_short(*names: str) -> list[str]:
     return [f"{len(learned())}", count, *(number(mean, 0, "-") for mean in means)]
 
 
-def worse() -> list[float]:
-    """By how many per cent perplexity of other text rises with ours, by seed."""
+def worse(arm: str = "ours") -> list[float]:
+    """By how many per cent perplexity of other text rises with an arm, by seed."""
     table, base = script("field/table.py"), arms()["base"][0]
-    return [100 * (table.ratio(cell, base, table.OUTSIDE) - 1) for cell in arms()["ours"].values()]
+    return [100 * (table.ratio(cell, base, table.OUTSIDE) - 1) for cell in arms()[arm].values()]
 
 
 def below_the_gate(*tasks: str) -> list[str]:

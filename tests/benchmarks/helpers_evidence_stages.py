@@ -91,16 +91,33 @@ def gaps(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     return [a - b for a, b in zip(ours, theirs, strict=True)]
 
 
+def alone_ahead_of_combined() -> list[str]:
+    """How far each stage alone is ahead of the present combination: in the registered study, and
+    with facts of six months at the default rank."""
+    table = script("combining/table.py")
+    five = [table.alone(cell) - table.right(cell) for cell in fresh("layer by layer")]
+    own, wide = of_month("alone"), of_month("wide")
+    facts = [100 * (own[seed]["score"] - wide[seed]["score"]) for seed in sorted(wide)]
+    return [estimate(five, 1, "-"), three_seeds(facts, 1)]
+
+
 def alone_ahead() -> str:
     return estimate(gaps(alone(), right(arm("combined twice rehearsed"))), 1)
 
 
-def stages() -> Rows:
+def stages_in_short() -> Rows:
+    """The arms without a rehearsal; of the combinations the one of two passes."""
+    rehearsed = [name for name in ARMS if "rehearsed" in name]
+    return stages([name for name in ARMS if name not in (*rehearsed, "combined", "summed")])
+
+
+def stages(names: Sequence[str] = tuple(ARMS)) -> Rows:
     """The arms with one shared question; those of three seeds have no interval."""
     forgetting = script("stages/table.py").forgetting
     heads = "arm | right, % | forgotten, points | kept rows trained on | exported rank"
     rows: Rows = [heads.split(" | ")]
-    for name, (study, shown, rank, seeds) in ARMS.items():
+    for name in names:
+        study, shown, rank, seeds = ARMS[name]
         cells = arm(name, study, seeds)
         lost = [100 * forgetting(cell) for cell in cells if cell["learned"]]
         grams = 32 * 5 if "combined" in name else 0  # of a task, of five, read for Grams
@@ -142,6 +159,14 @@ def replay_is_ahead() -> list[str]:
     """On how many of the seeds."""
     own, replay = all_kept().values()
     return [WORDS[sum(gap < 0 for gap in gaps(own, replay))], WORDS[len(own)]]
+
+
+def all_kept_in_short() -> list[str]:
+    """Right answers of replay and of the rehearsal, on how many seeds replay is ahead, and right
+    answers of all at once."""
+    replay, own = (number(fmean(all_kept()[name]), 1, "-") for name in ("replay", "extend"))
+    at_once = number(fmean(right(arm("all at once", "all at once"))), 1, "-")
+    return [replay, own, *replay_is_ahead(), at_once]
 
 
 WORDS = ("none", "one", "two", "three", "four", "five", "six")
@@ -315,6 +340,12 @@ def of_month(name: str) -> dict[int, Mapping[str, Any]]:
 def three_seeds(values: Sequence[float], digits: int, sign: str = "-") -> str:
     """A mean with its t interval, which this study names for three seeds."""
     return with_interval(fmean(values), *t_interval(values), digits, sign)
+
+
+def worse_on_general_rows(name: str) -> str:
+    """By how many per cent perplexity of held-out general rows rises after six months."""
+    losses = [cell["general"] for cell in of_month(name).values()]
+    return three_seeds([100 * (exp(each["end"] - each["base"]) - 1) for each in losses], 1)
 
 
 def facts_kept(name: str) -> str:

@@ -1,11 +1,10 @@
-"""The pictures of docs/figures are those of the committed results, small and legible; the theory
+"""The pictures of docs/figures are those of the committed results; the theory
 scripts run, and the bound and the scales of balancing in docs/theory.md hold."""
 
 from __future__ import annotations
 
 import importlib
 import math
-import re
 import runpy
 import sys
 from pathlib import Path
@@ -18,7 +17,6 @@ from chainlora.chain.soft_knot import balance
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES, THEORY = ROOT / "docs/figures", ROOT / "examples/theory"
 SCRIPTS = ("frank_wolfe", "rac_counter_example", "residual", "soft_knots")
-NAMES = sorted(path.stem for path in FIGURES.glob("*.svg"))
 MOST_BYTES = 150_000
 
 
@@ -34,35 +32,6 @@ def script(name: str):
 
 def picture(name: str) -> str:
     return (FIGURES / f"{name}.svg").read_text(encoding="utf-8")
-
-
-def luminance(colour: str) -> float:
-    """WCAG 2.2, relative luminance."""
-    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
-    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-
-def contrast(one: str, other: str) -> float:
-    darker, lighter = sorted((luminance(one), luminance(other)))
-    return (lighter + 0.05) / (darker + 0.05)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_picture_is_small_and_loads_nothing(name):
-    svg = picture(name)
-    assert len(svg.encode()) < MOST_BYTES
-    assert re.findall(r'(?:url\((?!#)|href="(?!#)|@import)', svg) == []
-    assert not re.search(r"/(?:work|home|tmp|root|usr)/", svg)
-
-
-@pytest.mark.parametrize("place", [0, 1], ids=["light", "dark"])
-def test_text_and_shapes_stand_out_in_both_schemes(place):
-    colours = {name: pair[place] for name, pair in script("card").COLOURS.items()}
-    for name in ("ink", "soft", "blue", "vermilion"):
-        assert contrast(colours[name], colours["paper"]) >= 4.5, name
-    assert contrast(colours["green"], colours["paper"]) >= 3
-    assert contrast(colours["blue"], colours["grid"]) >= 3
 
 
 @pytest.mark.parametrize("name", ["soft-knots-evidence", "speed", "stages", "field"])

@@ -246,14 +246,6 @@ def test_a_checkpoint_that_came_quantised(
     merged.refused("whose checkpoint is quantised); use --to adapter")
 
 
-def test_a_quantised_checkpoint_is_not_merged_into(quantised_folder, tmp_path, chainlora):
-    write_rows(tmp_path / "rows.jsonl", [{"text": "a"}])
-    (tmp_path / "run.yaml").write_text(
-        "model: m\ndata: {train: rows.jsonl}\nchain: {ranks: [8, 8], epochs: [1, 1]}\noutput: out\n"
-    )
-    chainlora("train", "run.yaml", "--model", quantised_folder).refused("use hold: carried")
-
-
 # --- what is refused
 
 

@@ -95,22 +95,6 @@ def test_eval_reads_a_runs_own_task_as_the_run_did(
     assert loss != pytest.approx(told["loss"], abs=1e-4)
 
 
-def test_eval_with_the_wrong_task_data_or_split(chainlora, finished, sentiment, tmp_path):
-    write_rows(tmp_path / "validation.jsonl", [{"text": "good", "label": "goood"}])
-    for asked, *parts in (
-        ("sst", "a task must be a .yaml file (got 'sst')"),
-        (f"{sentiment}/tsk.yaml", "task file must be readable (got "),
-        (f"{sentiment}/task.yaml", "task 'sentiment' needs rows (got none); name a file or folder"),
-        (
-            f"{sentiment}/task.yaml --data {sentiment}/none",
-            "data must be a file, a folder or a Hub dataset",
-        ),
-        (f"{sentiment}/task.yaml --data {sentiment} --split tset", "must hold the split 'tset'"),
-        (f"{sentiment}/task.yaml --data {tmp_path}", "goood", "validation.jsonl line 1"),
-    ):
-        chainlora(f"eval {finished} --task {asked}").refused(*parts)
-
-
 # --- the rows of the run itself, or a file read as they are ---
 
 

@@ -110,21 +110,3 @@ def test_log_names_a_stage_that_is_trained(chainlora, config, tmp_path):
     asked = f"log {tmp_path}/run"
     assert chainlora(asked).out.splitlines()[1].split() == ["main", "in", "training"]
     assert chainlora(f"{asked} --json").json["entries"] == [{"name": "main", "kind": "training"}]
-
-
-def test_undo_to_makes_a_run_any_state_of_its_history(chainlora, run):
-    birds, _ = chainlora(f"log {run} --json").json["entries"]
-    for name, now, stages in (
-        ("main", "main", ["main"]),
-        ("base", "base", []),
-        (birds["state"][:6], "birds", ["main", "birds"]),
-    ):
-        found = chainlora(f"undo {run} --to {name} --json").json
-        assert (found["now"], found["stages"]) == (now, stages)
-    assert chainlora(f"undo {run} --json").json["now"] == "base"  # as any other move
-    before = [chainlora(f"undo {run} --json").json["now"] for _ in range(4)]
-    assert before == ["main", "birds", "main", "base"]
-    chainlora(f"undo {run}").refused("Nothing to undo in ", "its states")
-    found = chainlora(f"redo {run} --json").json
-    assert found == {"run": str(run), "now": "main", "stages": ["main"]}
-    assert chainlora(f"undo {run}").out == f"{run} is now base; nothing was deleted\n"

@@ -182,3 +182,42 @@ def test_from_python_and_as_a_list_of_json(tiny_folder, chainlora):
     assert extend("run", "b.json", progress=False)["stage"] == "b"
     assert {*open_run("run").stages} == {"main", "b"}
     assert chain_of(Path("run"), "b")["epochs"] == [10]
+
+
+def faq(name: str, *columns: str) -> Path:
+    """A file of 12 rows with these columns of a question and an answer, and a customer."""
+    table = [",".join([*columns, "customer"]), *(f"row {k}: ,good {k % 3},7" for k in range(12))]
+    Path(name).write_text("\n".join(table), encoding="utf-8")
+    return Path(name)
+
+
+def test_a_next_file_is_read_by_the_keys_of_the_stage_before(tiny_folder, chainlora, caplog):
+    keys = ("--data.fields", "{prompt: frage, completion: antwort}", "--data.format", "completion")
+    first = faq("january.csv", "frage", "antwort")
+    done = chainlora("train", first, "--model", tiny_folder, *keys, "--general", "none")
+    assert done.status == 0, done.err
+    run, short = Path("runs/january"), ("--chain.epochs", 1, "--chain.ranks", 2)
+
+    caplog.clear()
+    on = ("extend", run, faq("february.csv", "frage", "antwort"), *short)
+    assert chainlora(*on).status == 0
+    taken = "data.fields '{prompt: frage, completion: antwort}', data.format completion"
+    assert f"stage february reads its rows as january: {taken}" in caplog.messages
+    assert "does not inherit" not in caplog.text
+    data = open_run(f"{run}@february").config().data
+    assert (data.fields["prompt"], data.format) == ("frage", "completion")
+    Path("february.csv").unlink()  # a finished stage does not need its file
+    assert "nothing left to do" in chainlora(*on).out
+
+    caplog.clear()  # other columns: detected
+    done = chainlora("extend", run, faq("march.csv", "question", "answer"), *short)
+    assert done.status == 0, done.err
+    assert "stage march does not inherit data.format, data.fields from january" in caplog.messages
+    assert "march.csv: question is the prompt, answer the completion, customer is" in caplog.text
+    data = open_run(f"{run}@march").config().data
+    assert (data.fields, data.format) == ({}, "auto")
+
+    caplog.clear()  # given keys are not mixed with those of the stage before
+    given = ("--data.fields", "{text: frage}", "--dry-run")
+    assert chainlora("extend", run, faq("april.csv", "frage", "antwort"), *given).status == 0
+    assert "reads its rows as" not in caplog.text

@@ -28,7 +28,6 @@ from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.files import checksums
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import log, undo
-from chainlora.runs.history_file import read_history
 from chainlora.runs.inspection import inspect_run
 from chainlora.runs.pruning import plan_pruning
 from chainlora.training.stages import combine, prune
@@ -281,17 +280,6 @@ def test_a_combination_goes_with_any_stage_that_it_was_computed_from(abc, sentim
     (link,) = open_run(abc).state.links
     prune(abc, "bare")
     assert not (abc / "links" / link).exists()
-
-
-def test_a_run_becomes_what_is_left_of_its_combination(abc, sentiment):
-    found = combine(abc, ["b", "c"]).state
-    combine(abc, ["a", "b", "c"])
-    prune(abc, "a")
-    assert open_run(abc).state == found
-    prune(abc, "b")
-    assert read_history(abc).head == "c"
-    # the same command again, of what is the first stage now
-    assert train_on(abc, section(sentiment, "c"), beside=True) == [None]
 
 
 def test_a_fork_becomes_the_stage_that_was_beside_a_pruned_one(abc, sentiment, tmp_path):

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers import Stop, stop_after, train_all, train_on
-from helpers_stages import files_of, one_stage, stage_of
+from helpers import Stop, stop_after, train_all
+from helpers_stages import one_stage, stage_of
 
 from chainlora import evaluate_task, train
 from chainlora.cli.main import run as cli
@@ -16,28 +16,9 @@ from chainlora.config.staging import make_stages
 from chainlora.errors import RunError
 from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.runs.addresses import open_run
-from chainlora.runs.changes import redo, undo
+from chainlora.runs.changes import undo
 from chainlora.runs.inspection import inspect_run
 from chainlora.training.stages import train_stages
-
-
-def test_undo_and_redo_go_through_what_was_done_and_delete_nothing(two, tmp_path):
-    run = tmp_path / "run"
-    last, *others = (open_run(f"{run}{name}").state for name in ("", "@facts", "@base"))
-    before = files_of(run)
-    assert [undo(run).state for _ in others] == others
-    with pytest.raises(RunError, match="Nothing to undo"):
-        undo(run)
-    assert [redo(run).state for _ in others] == [*others[-2::-1], last]
-    with pytest.raises(RunError, match="Nothing to redo"):
-        redo(run)
-    after = files_of(run)
-    assert [name for name in before if after[name] != before[name]] in ([], ["history.json"])
-    undo(run)
-    train_on(run, stage_of(two, "style") | {"name": "law"})
-    assert open_run(run).stages == ["facts", "law"]
-    with pytest.raises(RunError, match="Nothing to redo"):
-        redo(run)
 
 
 def test_a_stage_that_was_undone_is_named_with_the_entry_that_has_it(three, tmp_path, caplog):

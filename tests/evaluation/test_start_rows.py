@@ -166,13 +166,6 @@ def test_a_run_is_known_by_the_rows_for_its_base(tiny_folder, sentiment, tmp_pat
     chainlora("train", moved).refused("needs its new path")
 
 
-def test_a_report_of_what_was_before_a_run(made, chainlora, tmp_path):
-    report = chainlora(f"report {made}@start --output {tmp_path}/page.html")
-    assert report.status == 0
-    assert "as it was before this run" in (tmp_path / "page.html").read_text()
-    assert "unfinished" not in chainlora(f"inspect {made}@base").out
-
-
 # --- rows that the model writes ---
 
 

@@ -18,8 +18,9 @@ from typing import Any, Literal
 from conftest import make_sentiment, make_tiny_folder
 from helpers import EVERYTHING
 from helpers_data import pair_files
+from helpers_export import save_lora
 
-from chainlora import export_adapter, export_merged
+from chainlora import add, export_adapter, export_merged, update
 from chainlora.config.staging import make_stages
 from chainlora.files import checksums
 from chainlora.runs.addresses import state_at, state_of_draft
@@ -108,6 +109,7 @@ def make_world(folder: Path) -> World:
     rule = {"loss": "dpo", "lr": 1e-3}
     rule |= {"keep_best": False, "select_metric": "loss"}
     pairs = {"name": "taste", "data": pair_files(data), "train": rule}
+    save_lora(folder / "adapter", base)
     return World(folder, tree, pairs | {"chain": {"ranks": [2], "steps": [2], "init": "kaiming"}})
 
 
@@ -152,6 +154,22 @@ def _beside(
     train_stages(stages, listener=listener)
 
 
+def _erase(world: World, where: Path, listener: Listener = _silent) -> None:
+    """Train stage `law` again on fewer rows, and erase what came from the former ones."""
+    rows = Path(world.tree["stages"][0]["data"]["train"])
+    fewer = rows.with_name("fewer.jsonl")
+    if not fewer.exists():
+        fewer.write_text("".join(rows.read_text().splitlines(keepends=True)[1:]))
+    keys: Any = {"rows": fewer, "purge": True, "certificate": where / "certificate.json"}
+    update(where / "run", "law", listener=listener, **keys)
+
+
+def _add(world: World, where: Path, listener: Listener = _silent) -> None:
+    """Add an adapter that was trained elsewhere, and combine it with the stage."""
+    rows = world.tree["stages"][0]["data"] | {"num_train": 8}
+    add(where / "run", world.folder / "adapter", rows, name="law")
+
+
 def _experiment(world: World, where: Path, listener: Listener = _silent) -> None:
     own = world.tree["stages"][0]["data"]
     rows = {"num_train": 8, "num_validation": 4, "num_test": 4}
@@ -188,12 +206,14 @@ COMMANDS = {
     "extend": Command(_extend, "one"),
     "fork": Command(_fork, "one"),
     "beside": Command(_beside, "one"),
+    "add": Command(_add, "one"),
     "build": Command(lambda _, at, *__: build_run(at / "run"), "one"),
     "steps": Command(lambda _, at, *__: combine(at / "run", steps=3), "beside"),
     "forget": Command(lambda _, at, *__: prune(at / "run", "law"), "trained", "refused"),
     "combine": Command(
         lambda _, at, *__: combine(at / "run", output=at / "fork"), "beside", "refused"
     ),
+    "erase": Command(_erase, "beside"),
     # with another run, whose first stage is the same
     "take in": Command(
         lambda world, at, *_: combine(at / "run", ["facts", world.folder / "beside/run"]), "one"
@@ -251,8 +271,8 @@ def files_of(where: Path) -> dict[str, Any]:
     found: dict[str, Any] = {n: s for n, s in sums.items() if not n.endswith(".lock.json")}
     for name in found:
         lines = (where / name).read_text(errors="replace").splitlines()
-        if name.endswith(".yaml"):
-            found[name] = [line for line in lines if not line.startswith("output:")]
+        if name.endswith((".yaml", ".md")):
+            found[name] = [line for line in lines if not line.startswith(("output:", "Written"))]
         elif name.endswith((".json", ".jsonl")) and "adapter_config" not in name:
             found[name] = list(map(timeless, lines if name[-1] == "l" else ["".join(lines)]))
     return found

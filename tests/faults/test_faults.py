@@ -40,7 +40,7 @@ FULL = bool(os.environ.get("CHAINLORA_FULL"))
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="lives are forked")
 slow = pytest.mark.slow
 # Their files are written as those of the others are: without CHAINLORA_FULL, some places are tried.
-SAMPLED = {"beside", "build", "combine", "experiment", "forget", "pull", "push", "steps"}
+SAMPLED = {"add", "beside", "build", "combine", "experiment", "forget", "pull", "push", "steps"}
 SAMPLED |= {"take in"}
 
 

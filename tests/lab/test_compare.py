@@ -36,18 +36,6 @@ def test_compare_on_a_user_s_own_files(tiny_folder, tmp_path):
         comparison(config, ["lora"], [0], learning_rates=[1e-3])
 
 
-def test_compare_lets_no_method_choose_among_more_points(configure):
-    """With keep_best, a chain would take the best of its knots where LoRA has its end alone."""
-    keys = {"keep_best": True, "early_stop": 3, "select_metric": "loss", "lr": 3e-3}
-    chain = {"ranks": [2, 2], "steps": [2, 1], "hold": "carried"}
-    # of the base, and so not for a method to decide
-    config = configure(None, chain=chain, train=keys, quantize="int8")
-    (cell, *_) = expand(comparison(config, ["lora", "chain2"], [0]))
-    train = cell.config.train
-    assert (train.keep_best, train.early_stop, train.lr) == (False, None, 3e-3)
-    assert cell.config.quantize == "int8"
-
-
 def test_a_method_is_what_its_preset_says_whatever_the_config_sets(configure):
     """Under `knots: auto`, `lora` and `soft` were one cell, and LoRA of rank 4r had soft knots."""
     chain = {"ranks": [2], "steps": [3], "knots": "auto", "dropout": 0.1}
@@ -79,7 +67,7 @@ def test_methods_on_pairs_are_compared_by_accuracy(tiny_folder, tmp_path):
     assert "differences in held-out loss" not in report.markdown
 
 
-@pytest.mark.parametrize("num_methods", range(2, 7))
+@pytest.mark.parametrize("num_methods", [2, 4, 6])
 def test_the_seeds_of_a_comparison_can_decide_by_default(num_methods, configure):
     """Six for any number of methods were called too few by the report itself."""
     config = configure(None, chain={"ranks": [2], "steps": [3]})

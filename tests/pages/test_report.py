@@ -29,7 +29,7 @@ from chainlora import (
     train,
 )
 from chainlora.config.staging import make_stages
-from chainlora.evaluation.stage_scores import Cell, StageMatrix, stage_matrix
+from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.training.stages import train_stages
 from chainlora_pages import report_runs
 from chainlora_pages.chain_charts import chain_pictures, stage_pictures
@@ -150,16 +150,6 @@ def test_answers_to_the_rows_of_a_stage(tiny_folder, sentiment, tmp_path):
     train_all(settings(tiny_folder, sentiment, run, chain=BRIEF) | {"data": data, "stages": stages})
     page = page_of(f"{run}@facts", prompts="12", max_new_tokens=1)
     assert page.count("Prompt: </span>") == 6
-
-
-def test_a_picture_names_the_rows_that_stages_are_scored_on(tiny_folder, sentiment, tmp_path):
-    """Training rows, where a stage has no others."""
-    run = tmp_path / "run"
-    config = settings(tiny_folder, sentiment, run, chain=BRIEF)
-    task, rows = (str(sentiment / name) for name in ("task.yaml", "train.jsonl"))
-    config["data"] = {"task": task, "train": rows}
-    train_stages(make_stages(config | {"stages": [{"name": "facts"}, {"name": "style"}]}))
-    assert "accuracy on train rows, before training" in page_of(run)
 
 
 def test_a_live_link_answers_too(tiny_folder, tmp_path):
@@ -288,19 +278,6 @@ def test_right_answers_come_first_and_a_colour_means_one_thing(finished):
     folded = re.findall(r'<section id="(\w+)"[^>]*>\s*<h2[^>]*>\w+</h2>\s*<details>', page)
     assert folded == ["links", "config", "versions"]
     assert "‖ΔW‖" not in page.split('<section id="links"')[0]
-
-
-@pytest.mark.parametrize(("metric", "best"), [("accuracy", 0.9), ("loss", 0.1)])
-def test_the_best_score_of_a_matrix_is_the_lightest(finished, metric, best):
-    (run,) = read_runs([finished])
-    cell = Cell("", "", "", "validation", metric, 0.0, 0.0, 9, 9)
-    values = [[0.1, 0.3], [0.9, 0.5]]
-    grid = [[dataclasses.replace(cell, value=value) for value in row] for row in values]
-    matrix = StageMatrix(["facts", "style"], ["base", "facts"], grid)
-    *_, picture = stage_pictures(dataclasses.replace(run, matrix=matrix))
-    colours = re.findall(r'style="fill: (#\w{6}); stroke: \1', picture.svg)[:4]
-    lightest = max(range(4), key=lambda place: int(colours[place][3:5], 16))  # by green
-    assert [*values[0], *values[1]][lightest] == best
 
 
 def test_answers_of_a_chat_stand_below_what_was_said(tiny_folder, sentiment, tmp_path):

@@ -12,7 +12,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from faults.injection import Injection
 from faults.lives import live
 from helpers import edit_json, stage_dir
 from helpers_data import rows_of
@@ -29,7 +28,7 @@ from chainlora.runs.changes import redo
 from chainlora.runs.history_file import read_history
 from chainlora.runs.hub import pull_run, push_run
 from chainlora.training import reconcile
-from chainlora.training.stages import build_run, prune
+from chainlora.training.stages import prune
 
 SHORT = {"ranks": [2], "steps": [2]}
 
@@ -200,34 +199,6 @@ def test_a_stage_is_trained_after_adapters(made, both, tmp_path, chainlora):
     other = add(tmp_path / "other", made / "x", made / "x.jsonl")
     both_runs = public.combine(both, [other.run])
     assert both_runs.entry.parents == ("y", "z", "x")
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="lives are forked")
-@pytest.mark.parametrize("is_new", [False, True])
-def test_a_kill_at_any_file_operation(made, run, tmp_path, is_new):
-    """At some of them: the same command, or `train RUN`, goes on to the same bits."""
-    folder = tmp_path / "work"
-
-    def begin() -> Path:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        return folder / "run" if is_new else Path(shutil.copytree(run, folder / "run"))
-
-    def work() -> None:
-        add(folder / "run", made / "x", made / "x.jsonl")
-
-    begin()
-    whole = live(work, Injection(folder))
-    assert whole.status == 0, whole.message
-    wanted = open_run(folder / "run").verify().state
-    for at in range(0, len(whole.operations), max(1, len(whole.operations) // 5)):
-        begin()
-        assert live(work, Injection(folder, "kill", at)).status == -9
-        due = unbuilt(folder / "run") if (folder / "run").is_dir() else []
-        (build_run if due and at % 2 else lambda _: work())(folder / "run")
-        assert open_run(folder / "run").verify().state == wanted
-        assert unbuilt(folder / "run") == []
-        assert not [p for p in (folder / "run").rglob("*.new*") if p.name != ".lock"]
 
 
 def declared(made: Path, run: Path) -> None:

@@ -186,9 +186,7 @@ def test_a_merged_chat_model_stops_where_its_template_ends_turns(tmp_path):
     [
         {"rslora": True},
         {"hold": "carried"},
-        {"init": "gradient"},
         {"alpha": [8, 2, 1]},
-        {"target_modules": "all-linear"},
         {"target_modules": r".*\.0\..*(q|up)_proj"},
     ],
     ids=str,

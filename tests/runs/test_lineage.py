@@ -178,27 +178,18 @@ def test_another_state_run_or_base_is_named(chainlora, made, exported, finished,
 # --- trained again ---
 
 
-def test_lineage_rows_and_base_give_the_same_bits(chainlora, made, exported, sentiment, tmp_path):
-    command = ["train", exported / "lineage.json", *places(made, sentiment)]
-    command += ["--output", tmp_path / "again"]
-    done = chainlora(*command)
-    assert done.status == 0, done.err
-    assert read_history(tmp_path / "again").head == read_history(made / "run").head
-    to = ["--to", "adapter", "--output", tmp_path / "out"]
-    assert chainlora("export", tmp_path / "again", *to).status == 0
-    assert checksums(tmp_path / "out") == checksums(exported)
-    assert "nothing left to do" in chainlora(*command).out
-
-
 def test_what_was_trained_again_on_the_base_in_another_place_is_every_byte(
     chainlora, made, exported, sentiment, tmp_path
 ):
-    """Links name the place of their base, which is no difference."""
+    """Lineage, rows and base give the same bits; links name the place of their base, which is no
+    difference."""
     moved = shutil.copytree(made / "secret/base", tmp_path / "base")
     own = [str(moved) if "/base" in word else word for word in places(made, sentiment)]
     again = ("train", exported / "lineage.json", *own, "--output", tmp_path / "again")
     assert chainlora(*again).status == 0
+    assert read_history(tmp_path / "again").head == read_history(made / "run").head
     assert "every byte matches" in chainlora("verify", exported, tmp_path / "again").out
+    assert "nothing left to do" in chainlora(*again).out
 
 
 def test_a_stage_in_training_is_verified_and_not_trained_again(

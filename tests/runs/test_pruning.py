@@ -9,11 +9,9 @@ from pathlib import Path
 import pytest
 from helpers import train_all, train_on
 from helpers_stages import (
-    config_of,
     files_of,
     section,
     stage_of,
-    train_beside,
 )
 
 from chainlora.cli.main import run as cli
@@ -80,19 +78,6 @@ def test_what_tensorboard_shows_of_a_stage_goes_with_it(staged, tmp_path):
     assert not any(b"more.jsonl" in path.read_bytes() for path in run.rglob("*") if path.is_file())
 
 
-def test_the_name_of_a_pruned_stage_is_free_again(three, tmp_path):
-    """The same stage trained again is what it was, since its A is drawn by its name. Files that a
-    killed prune has left are no part of it."""
-    run, end = tmp_path / "run", open_run(tmp_path / "run").state
-    left = shutil.copytree(run / "stages/law", tmp_path / "left")
-    prune(run, "law")
-    with pytest.raises(RunError, match="got law for style"):
-        train_all(three | {"stages": [three["stages"][0], stage_of(three, "law")]})
-    shutil.copytree(left, run / "stages/law")
-    train_all(three)
-    assert open_run(run).verify().state == end
-
-
 def test_what_was_done_before_a_stage_was_pruned_is_not_done_again(two, tmp_path):
     """Heads that went are no steps of `undo`."""
     run, style = tmp_path / "run", stage_of(two, "style")
@@ -148,53 +133,6 @@ def test_what_cannot_be_pruned_is_refused_and_the_command_asks_first(three, tmp_
 
 
 # --- what a run is afterwards: what it was without the stage, by the same recipe ---
-
-
-@pytest.fixture
-def with_general(tiny_folder, sentiment, tmp_path) -> Path:
-    """A run of stage a that keeps rows of its origin."""
-    run, rows = tmp_path / "run", {"train": str(sentiment / "train.jsonl")}
-    rows["task"] = str(sentiment / "task.yaml")
-    train_all(config_of(tiny_folder, sentiment, run) | {"start_data": rows})
-    return run
-
-
-def test_it_is_the_combination_of_the_rest_by_the_same_recipe(ac, sentiment, chainlora):
-    """Not an earlier one of the same parts by another recipe."""
-    before = combine(ac, ["a", "c"], rank=4, importance={"c": 3}).key
-    train_beside(sentiment, ac, "b")
-    assert open_run(ac).entry.how.rank == 4
-    said = chainlora("prune", ac, "b", "--yes")
-    assert open_run(ac).key == before
-    assert f"{ac} is {before} now" in said.out
-    assert "combining" not in said.err
-
-
-def test_a_stage_on_top_goes_with_what_it_stands_on(ac, sentiment):
-    before = combine(ac, ["a", "c"], rank=4).key
-    train_beside(sentiment, ac, "b")
-    train_on(ac, section(sentiment, "d"))
-    prune(ac, "b")
-    assert open_run(ac).key == before
-    assert read_history(ac).find("d") is None
-
-
-def test_a_state_that_was_undone_does_not_come_back(with_general, sentiment):
-    combine(with_general)
-    undo(with_general)
-    train_beside(sentiment, with_general, "b")
-    undo(with_general)
-    prune(with_general, "b")
-    assert open_run(with_general).key == "a"
-
-
-def test_stages_are_pruned_one_after_the_other(abc, ac, sentiment):
-    train_beside(sentiment, abc, "d")
-    prune(abc, "d")
-    prune(abc, "b")
-    assert open_run(abc).state == open_run(ac).state
-    prune(abc, "a")
-    assert open_run(abc).key == "c"
 
 
 @pytest.mark.parametrize("damaged", ["base", "rows", "links"])

@@ -117,8 +117,7 @@ def test_an_adapter_with_a_link_out_of_its_folder_is_refused(tiny_folder, tmp_pa
 
 
 @pytest.mark.parametrize("token", [-1, 10**6])
-@pytest.mark.parametrize("command", ["combine {}", "eval {} --matrix", "diff {}@z {}@base"])
-def test_kept_rows_with_other_tokens_are_refused(tiny_folder, tmp_path, chainlora, token, command):
+def test_kept_rows_with_other_tokens_are_refused(tiny_folder, tmp_path, chainlora, token):
     run, rows = tmp_path / "run", rows_of(tmp_path / "z.jsonl", 0)
     stage = {"name": "z", "data": {"train": rows}, "chain": {"ranks": [2], "steps": [1]}}
     tree = {"model": str(tiny_folder), "stages": [stage], "start_data": {"train": rows}}
@@ -132,5 +131,6 @@ def test_kept_rows_with_other_tokens_are_refused(tiny_folder, tmp_path, chainlor
     new = sha256(tmp_path / "rows")
     (tmp_path / "rows").rename(run / rows_file(new))
     sign(run, lambda tree: next(e for e in tree["entries"] if e["key"] == "z").update(kept=new))
-    said = chainlora(command.format(run, run))
-    assert (said.status, "error: kept rows must" in said.err) == (1, True)
+    for command in (f"combine {run}", f"eval {run} --matrix", f"diff {run}@z {run}@base"):
+        said = chainlora(command)
+        assert (said.status, "error: kept rows must" in said.err) == (1, True), command

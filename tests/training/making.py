@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,18 @@ def begin(run: Path) -> Path:
     return run
 
 
-def stage(name: str, names: Sequence[str] = (), how: How | None = None, fails: str = "") -> Stage:
-    """Return a stage whose training may fail, `early` or `late`."""
+def stage(
+    name: str, names: Sequence[str] = (), how: How | None = None, fails: str = "", edit: int = 0
+) -> Stage:
+    """Return a stage whose training may fail, `early` or `late`; `edit` is that of its file."""
     config = {"data": {"train": f"/data/{name}.jsonl"}, "train": {"loss": fails or None}}
     own: Any = {"name": name, "names": tuple(names), "how": how or How(), "config": config}
-    return Stage(**own, sources={"data.train": [f"digest of {name}.jsonl"]})
+    return Stage(**own, sources={"data.train": [content_of(name, edit)]})
+
+
+def content_of(name: str, edit: int) -> str:
+    """Return what a file of rows holds after edits."""
+    return f"{name}.jsonl-{edit}."
 
 
 def text_of(run: Path, state: State) -> list[str]:
@@ -77,10 +84,10 @@ def _rows(run: Path, name: str, text: str) -> str:
 
 
 def _train(run: Path, due: Due) -> None:
-    fails, folder = due.stage.config["train"]["loss"], stage_folder(run, due.key)
+    fails, folder = due.stage.config["train"]["loss"], stage_folder(run, due.place)
     if fails == "early":
         raise RunError("Cannot train: it was to fail.")
-    scratch = Scratch(run, due.key)
+    scratch = Scratch(run, folder)
     if not (folder / DRAFT).is_file():
         scratch.clear()
         files.write_text(folder / RESULT, f"result of {due.key}")
@@ -90,8 +97,9 @@ def _train(run: Path, due: Due) -> None:
     if fails == "late":
         raise TrainingError("it was to fail in training")
     scratch.remove_scratch()
-    kept = _rows(run, due.key, f"rows of {due.key}")
-    text = json.dumps(["train", due.key, text_of(run, due.below)])
+    (content,) = due.stage.sources["data.train"]
+    kept = _rows(run, due.key, f"rows of {content}")
+    text = json.dumps(["train", content, text_of(run, due.below)])
     link, facts = _link(run, due.stage.draws or due.key, text)
     state = due.below.model_copy(update={"links": (*due.below.links, link)})
     sums = {RESULT: files.sha256(folder / RESULT)}
@@ -141,6 +149,10 @@ class Wanted:
     off: frozenset[str] = frozenset()
     rank: int | None = None
     always: bool = False
+    edits: Mapping[str, int] = field(default_factory=dict)  # of files that were changed
+
+    def content(self, name: str) -> str:
+        return content_of(name, self.edits.get(name, 0))
 
     def below(self, name: str) -> set[str]:
         (names,) = [names for own, names, _ in self.stages if own == name]
@@ -163,7 +175,7 @@ class Wanted:
         if len(parts) == 1 and not always:
             return self.state(parts[0])
         needed = {below for name in parts for below in self.below(name)}
-        rows = [f"rows of {name}" for name, _, _ in self.stages if name in needed]
+        rows = [f"rows of {self.content(name)}" for name, _, _ in self.stages if name in needed]
         both = [[self.state(name), None] for name in parts] + [["base", None]]
         own = {"rank": rank, "keep_conflicts": False, "steps": 0}
         return [json.dumps(["combine", own, sorted(both, key=str), rows])]
@@ -171,7 +183,7 @@ class Wanted:
     def state(self, name: str) -> list[str]:
         ((names, rank),) = [(names, rank) for own, names, rank in self.stages if own == name]
         below = self.whole(names, rank) if names else []
-        return [*below, json.dumps(["train", name, below])]
+        return [*below, json.dumps(["train", self.content(name), below])]
 
 
 def everything_in(run: Path) -> dict[str, bytes]:

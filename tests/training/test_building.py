@@ -17,7 +17,7 @@ from chainlora import export_adapter
 from chainlora.errors import ChainLoRAError, RunError
 from chainlora.files import checksums
 from chainlora.runs.addresses import open_run
-from chainlora.runs.changes import log, redo, undo
+from chainlora.runs.changes import log
 from chainlora.runs.declaring import write_plan
 from chainlora.runs.history_file import read_history
 from chainlora.runs.hub import pull_run, push_run
@@ -82,16 +82,6 @@ def test_rule_2_trackers_that_nobody_named_are_not_told(only_a, sentiment):
     write_plan(only_a, change.history, change.start)
     build_run(only_a)
     assert open_run(only_a).stages == ["a", "b"]
-
-
-def test_rule_3_an_entry_of_a_command_that_died_is_built_later(only_a, sentiment, tmp_path):
-    other = Path(shutil.copytree(only_a, tmp_path / "other"))
-    killed("step", only_a, section(sentiment, "b"))
-    train_beside(sentiment, other, "b")
-    for run in (only_a, other):
-        train_beside(sentiment, run, "c")
-    assert open_run(only_a).state == open_run(other).state
-    assert undo(only_a).key == "a"
 
 
 def test_rule_4_a_stage_is_replaced_until_it_begins(only_a, sentiment):
@@ -177,19 +167,6 @@ def test_rule_6_an_equal_recipe_is_not_computed_again(abc, ac, sentiment):
     assert one == two  # equal digests, equal bits
 
 
-def test_rule_7_undo_drops_a_stage_in_training(abc, sentiment):
-    before = read_history(abc)
-    killed("step", abc, section(sentiment, "d2"))
-    assert undo(abc).key == before.head
-    assert (read_history(abc), unbuilt(abc)) == (before, [])
-    assert not (abc / "stages/d2").exists()
-
-
-def test_rule_7_prune_combines_the_rest_again(abc, ac, chainlora):
-    assert chainlora("prune", abc, "b", "--yes").status == 0
-    assert open_run(abc).state == open_run(ac).state
-
-
 def test_rule_7_a_stage_that_is_not_built_is_pruned(only_a, sentiment, chainlora):
     killed("step", only_a, section(sentiment, "b"))
     found = chainlora("prune", only_a, "b", "--yes")
@@ -226,12 +203,6 @@ def test_a_stopped_stage_goes_on_where_its_run_is_now(ac, sentiment, tmp_path, e
     build_run(copy)
     assert open_run(copy).stages == ["a", "c", "b"]
     assert checksums(ac) == before
-
-
-def test_rule_11_one_undo_takes_a_command_back(ac, sentiment):
-    train_beside(sentiment, ac, "b")
-    assert undo(ac).key == "after-c"
-    assert redo(ac).key == "after-b"
 
 
 def test_rule_12_a_rebuild_says_what_is_missing_before_it_begins(

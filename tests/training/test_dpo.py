@@ -14,7 +14,6 @@ import torch
 from conftest import write_rows
 from helpers import (
     Stop,
-    assert_same_links,
     links_of,
     stage_dir,
     start_as_ours,
@@ -328,23 +327,6 @@ def test_later_stages_and_a_fork_change_no_reference(settings):
 
 
 # --- resume ---
-
-
-def test_a_run_killed_at_any_step_ends_in_the_same_bits(settings):
-    keys, chain = {"save_every": 1, "eval_every": 2}, {"knots": {"every": 2, "share": 0.5}}
-    whole = settings("whole", train=keys, **chain)
-    expected = train(whole)["metrics"]
-    killed = settings("killed", train=keys, **chain)
-    reference = stage_dir(Path(killed["output"])) / "reference.safetensors"
-    for step in (0, 3, 5):
-        stop_after(make_config(killed), step)
-        before = reference.stat().st_mtime_ns, reference.read_bytes()
-
-    def listener(event):
-        assert before == (reference.stat().st_mtime_ns, reference.read_bytes())
-
-    assert train(killed, resume=True, listener=listener)["metrics"] == expected
-    assert_same_links(Path(whole["output"]), Path(killed["output"]))
 
 
 def test_a_run_killed_while_its_reference_is_computed_starts_over(settings, tmp_path):

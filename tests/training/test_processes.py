@@ -10,14 +10,12 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
 from faults.lives import live
 from helpers import stage_dir
 from helpers_processes import (
@@ -37,7 +35,6 @@ from chainlora.__main__ import main
 from chainlora.runs.addresses import open_run
 from chainlora.training.processes import (
     check_shards,
-    find_processes,
     leave_processes,
     wants_shards,
 )
@@ -123,13 +120,6 @@ def test_other_verbs_are_refused_in_many_processes(verb, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert run(verb) == 1
     assert f"(got chainlora {verb[0]} in 4)" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
-def test_other_ways_to_share_a_model_are_refused(kind):
-    accelerator = SimpleNamespace(distributed_type=DistributedType[kind])
-    with pytest.raises(ChainLoRAError, match=rf"\(got an Accelerate config for {kind}\); launch"):
-        find_processes(accelerator)
 
 
 @pytest.mark.parametrize("variable", ["LOCAL_RANK", "WORLD_SIZE"])

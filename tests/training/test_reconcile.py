@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 from faults.injection import Injection
@@ -27,6 +28,7 @@ from chainlora.runs.draft import drafts_in
 from chainlora.runs.history import History
 from chainlora.runs.history_file import read_history
 from chainlora.runs.hub import push_run
+from chainlora.runs.keys import Made
 from chainlora.runs.locks import writing
 from chainlora.runs.pruning import purge, without_stage
 from chainlora.runs.recipes import How
@@ -35,6 +37,7 @@ from training.making import (
     EXECUTE,
     Wanted,
     begin,
+    content_of,
     entries_of,
     everything_in,
     is_now,
@@ -51,7 +54,7 @@ kills = strategies.none() | strategies.integers(0, 70)  # the file operation at 
 Edit = Callable[[History], History]
 
 
-def extending(name: str, on: tuple[str, ...] | None = (), **keys: str) -> Edit:
+def extending(name: str, on: tuple[str, ...] | None = (), **keys: Any) -> Edit:
     """Return the edit of `extend`: beside the others, on some, or (None) on all."""
 
     def edit(history: History) -> History:
@@ -73,6 +76,20 @@ def combining(chosen: tuple[str, ...], **keys: object) -> Edit:
     return edit
 
 
+def updating(name: str, edit: int, purge: bool) -> Edit:
+    """Return the edit of `update`, after the file of a stage has changed."""
+
+    def change(history: History) -> History:
+        stage = history.plan().find(name)
+        assert stage is not None
+        sources = {"data.train": [content_of(name, edit)]}
+        new = stage.model_copy(update={"sources": sources})
+        history = history.changed([new], f"update {name}")
+        return history.marked(history.former) if purge and history.former else history
+
+    return change
+
+
 def build(run: Path) -> None:
     carry_out(Change(run, read_history(run)), lambda event: None, execute=EXECUTE)
 
@@ -81,7 +98,7 @@ def do(run: Path, words: str, edit: Edit) -> None:
     """Do what a command does, with texts in place of a model."""
     with writing(run):
         history = settled(run, read_history(run))
-        if (drafts := drafts_in(run, history)) and not words.startswith("extend"):
+        if (drafts := drafts_in(run, history)) and not words.startswith(("extend", "update")):
             raise RunError(f"{next(iter(drafts))} is unfinished")
         carry_out(Change(run, edit(history)), lambda event: None, execute=EXECUTE)
 
@@ -131,6 +148,30 @@ def test_a_later_rank_trains_nothing_again(tmp_path):
     do(run, "combine", combining((), rank=2))
     do(run, "combine", combining(("alpha", "bravo"), rank=2))
     assert [entry for entry in entries_of(run) if entry.kind == "stage"] == before
+
+
+def test_an_updated_stage_is_as_if_its_file_had_always_been_so(tmp_path):
+    """Stages on top are trained again, others are not; `undo` goes back, a purge leaves nothing."""
+    run, never = begin(tmp_path / "run"), begin(tmp_path / "never")
+    for each, edit in ((run, 0), (never, 1)):
+        do(each, "extend alpha", extending("alpha", edit=edit))
+        do(each, "extend bravo", extending("bravo"))
+        do(each, "extend pairs", extending("pairs", None))
+    before, entries = is_now(run), {entry.digest for entry in read_history(run).entries}
+    do(run, "update alpha", updating("alpha", 1, purge=False))
+    assert is_now(run) == is_now(never)
+    new = [e for e in read_history(run).entries if e.digest not in entries]
+    assert sorted(e.kind for e in new) == ["combine", "stage", "stage"]  # bravo is untouched
+    now = read_history(run).find("alpha")
+    undo(run)
+    assert is_now(run) == before
+    assert read_history(run).find("alpha") != now  # names are of the current plan
+    redo(run)
+    assert read_history(run).find("alpha") == now
+    do(run, "update alpha", updating("alpha", 1, purge=True))
+    assert is_now(run) == is_now(never)
+    assert {e.digest for e in entries_of(run)} == {e.digest for e in entries_of(never)}
+    assert names_in(run, content_of("alpha", 0)) == []
 
 
 def test_one_part_is_itself_or_combined_with_the_origin(tmp_path):
@@ -201,6 +242,8 @@ def test_every_kill_leaves_the_run_before_or_after_and_the_command_ends_it(tmp_p
         ("extend bravo", extending("bravo")),
         ("extend pairs", extending("pairs", None)),
         ("combine", combining(("alpha", "bravo"), rank=2)),
+        ("update bravo", updating("bravo", 1, purge=False)),
+        ("update alpha", updating("alpha", 2, purge=True)),
         ("prune alpha", None),
     ]
 
@@ -245,6 +288,7 @@ class Commands(RuleBasedStateMachine):
         build(self.run)
         self.wanted = [(Wanted(), -1)]  # each with the place of the one before
         self.at = 0
+        self.edits = count(1)
         self.counts = {"steps": 0, "kills": 0}
 
     @property
@@ -314,7 +358,27 @@ class Commands(RuleBasedStateMachine):
         assert not [s for s in read_history(self.run).stages.values() if s.name == name]
         for word in gone - {s.name for s in read_history(self.run).stages.values()}:
             assert names_in(self.run, word) == []
-        history = read_history(self.run)  # what was said of erased stages is not known any more
+        self.told()
+
+    @rule(name=names, purge=strategies.booleans(), kill=kills)
+    def update(self, name: str, purge: bool, kill: int | None) -> None:
+        history = read_history(self.run)
+        if history.plan().find(name) is None:
+            return
+        undone = {s.name for s in history.stages.values()} - {*history.plan().names}
+        purge = purge and not undone  # `update` refuses it
+        former = {s.sources["data.train"][0] for s in history.stages.values()}
+        edit = next(self.edits)
+        after = replace(self.want, edits={**self.want.edits, name: edit})
+        self.edit(f"update {name}", updating(name, edit, purge), after, kill)
+        if purge:
+            self.told()
+            for content in former - {after.content(own) for own, _, _ in after.stages}:
+                assert names_in(self.run, content) == []
+
+    def told(self) -> None:
+        """Take over what versions say: what was said of erased stages is not known any more."""
+        history = read_history(self.run)
         versions = enumerate(history.versions)
         self.wanted = [(want_of(history, place), version.before) for place, version in versions]
         self.at = history.at
@@ -355,6 +419,9 @@ class Commands(RuleBasedStateMachine):
         history = read_history(self.run)
         assert is_now(self.run) == self.want.texts()
         assert history.files.keys() <= everything_in(self.run).keys()
+        made, recipes = Made(history), history.recipes()
+        for name in history.plan().names:
+            assert history.find(name) == made.entry(recipes.state(name))
         bits: dict[str, list[str]] = {}
         for entry in history.entries:
             text = text_of(self.run, entry.state)
@@ -364,7 +431,8 @@ class Commands(RuleBasedStateMachine):
 def want_of(history: History, place: int) -> Wanted:
     plan = history.plan(place)
     stages = tuple((s.name, s.names, s.how.rank) for s in plan.stages)
-    return Wanted(stages, frozenset(plan.off), plan.how.rank)
+    edits = {s.name: int(s.sources["data.train"][0].rpartition("-")[2][:-1]) for s in plan.stages}
+    return Wanted(stages, frozenset(plan.off), plan.how.rank, edits=edits)
 
 
 def test_any_order_of_commands(tmp_path):

@@ -137,15 +137,6 @@ def said(error: str, words: tuple[str, ...]) -> None:
         assert word in error
 
 
-def test_rows_that_were_not_kept_are_asked_for(staged, tmp_path):
-    staged["stages"][0]["data"]["keep_rows"] = False
-    train_all(staged)
-    style = staged["stages"][1]
-    law = style | {"name": "law", "data": style["data"] | {"new_rows_only": True}}
-    with pytest.raises(RunError, match="none of facts"):
-        survey(extension(tmp_path / "run", law))
-
-
 def test_answers_are_learned_beside_candidates(two, rows, tmp_path):
     answers = changed(stage_of(two, "style"), {"data": {"train": "good.jsonl", "replay": 0.1}})
     assert survey(extension(tmp_path / "run", answers | {"name": "law"}))[-1].state == "new"

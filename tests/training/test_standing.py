@@ -21,7 +21,7 @@ from chainlora.runs.changes import undo
 from chainlora.runs.history_file import read_history
 from chainlora.training.events import Event, LayerSolved, StageBegins
 from chainlora.training.plan import make_plan
-from chainlora.training.stages import combine, extension, prune, train_stages
+from chainlora.training.stages import extension, prune, train_stages
 
 
 def test_extend_stands_beside(abc, sentiment, capsys, caplog):
@@ -91,29 +91,6 @@ def test_a_stage_beside_others_has_its_config_from_the_first(abc, ac, sentiment)
         (stage,) = extension(run, section(sentiment, "d2"), beside=True)
         assert stage.config.train.lr == 1e-2
         assert train_on(run, section(sentiment, "c"), beside=True) == [None]
-
-
-def test_a_stage_goes_on_from_any_state(abc, sentiment, tmp_path):
-    """It is one more part of the run, in place of what it stands on."""
-    train_on(f"{abc}@b", section(sentiment, "d"))
-    assert open_run(abc).entry.parents == ("a", "c", "d")
-    assert open_run(f"{abc}@d").entry.parents == ("b",)
-    apart = combine(abc, ["a", "d"], output=tmp_path / "apart")
-    found = combine(abc, ["a", "d"])
-    assert apart.state == found.state
-    assert found.entry.parents == ("a", "d")
-    assert found.stages == ["a", "b", "d"]
-
-
-def test_a_stage_beside_nothing_is_what_the_run_becomes(abc, sentiment):
-    stage = section(sentiment, "d")
-    undo(abc, "base")
-    file = sentiment.with_name("d.yaml")
-    file.write_text(json.dumps(stage))
-    plan = make_plan(extension(abc, stage, beside=True))
-    assert not plan.is_combined_after("d")  # nor promised
-    extend(abc, file, progress=False)
-    assert open_run(abc).entry.key == "d"  # not a combination of one
 
 
 def test_a_stage_that_began_on_top_is_not_beside_others(abc, sentiment):

@@ -264,7 +264,7 @@ def test_watchers_may_change_over_a_resume_and_science_may_not(tiny_folder, sent
 
 def test_a_resume_under_other_versions_says_so(rich_config, tmp_path, caplog):
     stop_after(rich_config, 6)
-    draft = read_draft(tmp_path / "run", "main")
+    draft = read_draft(tmp_path / "run" / "stages" / "main")
     draft.training.versions["torch"] = "2.1"
     write_part(stage_dir(tmp_path / "run") / "stage.json", draft)
     train(rich_config, resume=True)

@@ -16,7 +16,17 @@ import traceback
 import click
 
 from chainlora import __version__
-from chainlora.cli import doctor, generate, run_files, scores, train, versioning, views
+from chainlora.cli import (
+    data_files,
+    doctor,
+    generate,
+    run_files,
+    scores,
+    train,
+    updating,
+    versioning,
+    views,
+)
 from chainlora.cli.common import REMOVED, SIGNALLED, Verbs, is_first_process, prepared_streams
 from chainlora.errors import (
     ChainLoRAError,
@@ -126,7 +136,9 @@ def cli(context: click.Context, debug: bool) -> None:
         )
 
 
-for _module in (train, versioning, run_files, scores, generate, views, doctor):
+_MODULES = (train, versioning, updating, run_files, data_files, scores, generate, views, doctor)
+
+for _module in _MODULES:
     for _verb in vars(_module).values():
         if isinstance(_verb, click.Command):
             cli.add_command(_verb)

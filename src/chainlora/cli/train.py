@@ -202,7 +202,11 @@ def _rebuild(file: str, overrides: Sequence[tuple[str, str]], dry_run: bool, as_
 
 
 def _build(run: str, overrides: Sequence[tuple[str, str]], dry_run: bool, as_json: bool) -> None:
-    """Compute what the plan of a run lacks."""
+    """Compute what the plan of a run lacks, or with a model and an output, all on that base."""
+    keys = dict(overrides)
+    if keys.keys() == {"model", "output"}:
+        _train_on(run, dry_run, as_json, **keys)
+        return
     if overrides:
         rule = "`chainlora train RUN` computes what the plan of RUN lacks and takes no keys"
         got = f"--{overrides[0][0]}"
@@ -234,6 +238,31 @@ def _build(run: str, overrides: Sequence[tuple[str, str]], dry_run: bool, as_jso
         click.echo(f"{run} is {after.key}, as before")
     else:
         click.echo(f"{run} is {after.key} now")
+
+
+def _train_on(run: str, dry_run: bool, as_json: bool, *, model: str, output: str) -> None:
+    """Train the stages of a run on another base, and compare both runs."""
+    if dry_run:
+        raise click.UsageError("--dry-run shows what RUN lacks; leave it out with --model")
+    folder = whole_run(run)
+    quiet()
+    from rich.table import Table
+
+    from chainlora.evaluation.right_answers import compared
+    from chainlora.training.next_base import train_on
+    from chainlora.training.progress import Terminal
+
+    with_progress(output, lambda show: train_on(folder, model, output, listener=show))
+    rows = compared(folder, output)
+    if as_json:
+        print_json({"run": output, "stages": [row._asdict() for row in rows]})
+        return
+    table = Table(box=None, header_style="", pad_edge=False)
+    for head in ("stage", f"right in {run}", f"in {output}", "score there", "here"):
+        table.add_column(head, no_wrap=True)
+    for row in rows:
+        table.add_row(*row.texts())
+    Terminal(width=10_000).print(table, markup=False)
 
 
 def _show_work(run: Path, as_json: bool) -> None:
@@ -368,9 +397,21 @@ def _show_run(
     state = open_run(run)
     of = columns_after_training(state)
     show_matrix(stage_matrix(run, compute=False, of=of), has_notes=is_verbose())
+    _show_right(state, [result["stage"] for result in results], base)
     click.echo(f"run directory {run}")
     rows = training_rows(state, tokenizer_of(state, base))
     _show_next(shlex.quote(run), results[-1], config, state, rows is not None and rows.is_chat)
+
+
+def _show_right(state: OpenState, stages: Sequence[str], base: OpenBase) -> None:
+    """Print how many of their trained rows a run answers exactly, and where that is few."""
+    from chainlora.evaluation.right_answers import right_answers
+
+    for name, (asked, right) in right_answers(state, stages, base=base).items():
+        click.echo(f"{name}: {right} of {asked} trained rows are answered exactly")
+        if 2 * right < asked:
+            remedy = "--chain.epochs 20 trains twice as long as 10, --train.lr 2e-3 faster"
+            click.echo(f"{name}: few are right; in a new run, {remedy}")
 
 
 def _show_next(
@@ -415,10 +456,10 @@ def _show_plan(stages: Sequence[Stage], as_json: bool) -> None:
 
 
 def _plot(settings: RunConfig, stage: str) -> None:
-    from chainlora.runs.paths import stage_folder
+    from chainlora.runs.history_file import folder_in
     from chainlora.runs.records import read_records
 
-    folder = stage_folder(Path(settings.output or ""), stage)
+    folder = folder_in(Path(settings.output or ""), stage)
     records = read_records(folder / "metrics.jsonl")
     if records:  # a stage without links and held-out rows has none
         draw("run_charts.plot_training", records, folder / "training.png")

@@ -74,8 +74,9 @@ def extend(
     If the stage answers an earlier prompt differently, a warning gives an example. The newest
     answer counts: earlier rows with that prompt are not reused.
 
-    Keys are inherited from the previous stage (beside others: from the first), except rows, their
-    format, ranks, lengths, trackers, keep_best, early_stop and select_metric. With --output FOLDER
+    Keys are inherited from the previous stage (beside others: from the first), except rows, ranks,
+    lengths, trackers, keep_best, early_stop and select_metric. data.fields and data.format are
+    inherited if ROWS has these columns. With --output FOLDER
     the stage becomes a fork: it starts from RUN or RUN@STAGE, which do not change. The same command
     again resumes a stopped or killed stage.
     """

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -17,6 +18,7 @@ from chainlora.cli.common import (
     quiet,
     show,
     to_stderr,
+    whole_run,
 )
 
 
@@ -144,9 +146,11 @@ def export(
     check_run_or_model(run, links)
     _check_export(target, repository, private, options)
     quiet()
+    from chainlora.runs.addresses import open_run
     from chainlora.runs.cards import Naming
     from chainlora.runs.exported import exporter_to
     from chainlora.runs.hub import check_push, push_folder
+    from chainlora.runs.sent import note_sent
 
     naming = Naming(repository, options["base_name"], options["licence"])
     if repository is not None:
@@ -157,6 +161,8 @@ def export(
     if target.startswith("gguf"):
         keys["kind"] = options["gguf_type"]
     done = exporter_to(target)(run, output, **keys)
+    state = open_run(run)
+    note_sent(state.run, f"export ({target})", state.state.digest, Path(output).resolve())
     text = _export_text(done)
     if repository is not None:
         done["commit"] = push_folder(output, repository, private=private)
@@ -196,16 +202,26 @@ def _export_text(done: Mapping[str, Any]) -> str:
 
 
 @click.command
-@click.argument("export", type=click.Path(exists=True, file_okay=False))
+@click.argument("export", metavar="EXPORT|RUN", type=click.Path(exists=True, file_okay=False))
 @click.argument("run", required=False, type=click.Path())
+@click.option("--certificate", metavar="FILE", help="Compare RUN with a certificate of erasure.")
+@click.option("--rows", metavar="FILE", help="With --certificate: rows that RUN must not hold.")
 @json_option
-def verify(export: str, run: str | None, as_json: bool) -> None:
+def verify(
+    export: str, run: str | None, certificate: str | None, rows: str | None, as_json: bool
+) -> None:
     """Verify the folder EXPORT by its checksums, and with RUN by exporting it again.
 
     With RUN or RUN@NAME, the state in EXPORT/lineage.json is exported into a temporary folder, and
     every byte is compared. Differences (a changed file, another state, base or run) are printed,
     and the exit status is 1.
+
+    RUN --certificate FILE compares a run with what `chainlora update --purge` certified: state,
+    files, deleted files. --rows searches the run for the removed rows, as text, tokens and hashes.
     """
+    if certificate is not None or rows is not None:
+        _verify_certificate(export, run, certificate, rows, as_json)
+        return
     if run is not None:
         need_run(run)
     quiet()
@@ -214,6 +230,24 @@ def verify(export: str, run: str | None, as_json: bool) -> None:
     differences = verify_export(export, run)
     passed = "the checksums match; give RUN to compare the files with a new export"
     passed = passed if run is None else f"every byte matches a new export of {run}"
-    show({"differences": differences}, "\n".join(differences) or f"{export}: {passed}", as_json)
+    _show_differences(differences, f"{export}: {passed}", as_json)
+
+
+def _verify_certificate(
+    run: str, other: str | None, certificate: str | None, rows: str | None, as_json: bool
+) -> None:
+    if certificate is None or other is not None:
+        raise click.UsageError("write: chainlora verify RUN --certificate FILE [--rows REMOVED]")
+    folder = whole_run(run)
+    quiet()
+    from chainlora.evaluation.certificate import verify_certificate
+
+    differences = verify_certificate(folder, certificate, rows)
+    none = f", and holds no row of {rows}" if rows else "; give --rows to search for removed rows"
+    _show_differences(differences, f"{run} is as {certificate} says{none}", as_json)
+
+
+def _show_differences(differences: Sequence[str], passed: str, as_json: bool) -> None:
+    show({"differences": differences}, "\n".join(differences) or passed, as_json)
     if differences:
         raise click.exceptions.Exit(1)

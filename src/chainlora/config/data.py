@@ -21,6 +21,8 @@ ROW_FIELDS: Mapping[str, tuple[str, ...]] = {
     "conversational": ("prompt", "completion", "tools", "chat_template_kwargs"),
 }
 """Fields of a row that are read, by format; preference pairs also have `chosen` and `rejected`."""
+FIELDS_KEY = "--data.fields '{prompt: question, completion: answer}'"
+"""The key that names columns, as an example for messages."""
 
 
 Home = AfterValidator(lambda value: expanduser(value) if isinstance(value, str) else value)
@@ -59,7 +61,8 @@ class DataConfig(Section):
     format: Format = "auto"
     """[Format of a row](rows.md#formats): `completion` (loss on the completion), `chat` (loss on
     the assistant's turns), `text` (loss on everything), and those of other tools: `sharegpt`,
-    `alpaca`, `conversational` (TRL). `auto` decides by the first row."""
+    `alpaca`, `conversational` (TRL). `auto` decides by the first row, and also reads
+    [usual columns](rows.md#usual-columns) such as `question` and `answer`."""
     fields: dict[str, str] = Field(default={})
     """Columns for the fields of the format, e.g. `{prompt: question, completion: answer}`; for
     every file of this section."""
@@ -245,5 +248,5 @@ def check_fields(fields: Iterable[str], kind: str) -> None:
         wrong := [field for field in fields if field not in known],
         f"`data.fields` must name fields of format {kind}: {', '.join(known)}",
         ", ".join(wrong),
-        "write FIELD: NAME IN THE FILE, e.g. {prompt: question, completion: answer}",
+        f"write FIELD: NAME IN THE FILE, e.g. {FIELDS_KEY}",
     )

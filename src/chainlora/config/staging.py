@@ -53,6 +53,7 @@ class Stage:
     # Train it beside the other stages, then combine; None: its rows decide (`training.refusing`).
     beside: bool | None = False
     fork: str | None = None  # address of the state of another run that a new run begins on
+    default_length: bool = False  # its epochs come from the number of its rows
 
 
 def check_alone(config: RunConfig) -> RunConfig:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cache
@@ -30,7 +30,7 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from chainlora.config.data import check_fields
-from chainlora.data.encoding import Options, RowEncoder, detect_format
+from chainlora.data.encoding import Options, RowEncoder, detect_format, with_usual_columns
 from chainlora.data.encoding.translated import FIELDS as TRANSLATED
 from chainlora.data.examples import Example
 from chainlora.data.rows import ARRAYS, MemoryRows, Rows, RowsSummary, StoredRows, flatten, joined
@@ -65,16 +65,18 @@ def make_rows(
     `task` is a task, or a format of `data.format` ("auto" looks at the first row). Raises DataError
     for a bad row, which is named by file and line, and if all rows are too long.
     """
+    is_auto, given = task == "auto", source.fields
+    if is_auto:
+        source = with_usual_columns(source, options.objective)
     head = list(islice(source, IN_MEMORY + 1))
     source.check_fields()
-    kind = detect_format(head, options.objective) if task == "auto" else task
+    kind = detect_format(head, options.objective) if is_auto else task
     if source.fields:
         try:
             check_fields(source.fields, str(kind))
         except ValueError as error:
             raise DataError(str(error)) from None
     encode = RowEncoder(kind, tokenizer, options)
-    recognised = str(kind) if task == "auto" and kind in TRANSLATED else ""
     state = source.state()
     if len(head) <= IN_MEMORY:
         rows: Rows = MemoryRows([*chain.from_iterable(_chunks(head, encode))])
@@ -83,8 +85,30 @@ def make_rows(
         key = _key([source.identity(), source.fields], tokenizer, kind, options)
         folder = cache_dir() / "rows" / key
         rows = _find(folder) or _build(folder, source, state, encode, progress)
-    rows.summary = replace(rows.summary, recognised=recognised)
+    if is_auto and not given:
+        rows.summary = _with_columns(rows.summary, str(kind), source.fields, head)
+    elif is_auto:
+        rows.summary = replace(rows.summary, recognised=str(kind) if kind in TRANSLATED else "")
     return rows
+
+
+def _with_columns(
+    summary: RowsSummary, kind: str, columns: Mapping[str, str], head: Sequence[Row]
+) -> RowsSummary:
+    """Return a summary that says what `auto` detected: a format, or columns and ignored ones."""
+    below = ""
+    if kind == "alpaca" and "output" in head[0]:
+        columns = {"prompt": "instruction", "completion": "output"}
+        below = " with input below it" * any(row.get("input") for row in head)
+    if not columns:
+        return replace(summary, recognised=kind if kind in TRANSLATED else "")
+    prompt, completion = columns["prompt"], columns["completion"]
+    told = f"{prompt}{below} is the prompt, {completion} the completion"
+    if summary.unread:
+        told += f", {', '.join(summary.unread)} {'are' if summary.unread[1:] else 'is'} ignored"
+    key = f"--data.fields '{{prompt: {prompt}, completion: {completion}}}'"
+    key += " or --data.format text" * (prompt == "text")
+    return replace(summary, columns=f"{told} (change with {key})", unread=())
 
 
 def _chunks(rows: Iterable[Row], encode: RowEncoder) -> Iterator[list[Example]]:

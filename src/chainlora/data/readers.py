@@ -84,9 +84,9 @@ class CsvFile:
         file.seek(0)
         self.text = TextIOWrapper(file, self.encoding, newline="")
         self.separator = ","
+        self.line = 0  # the last line of the row that was read last; a row can have several
 
     def rows(self) -> Iterator[Record]:
-        line = 0  # the last line read; a row can have several
         try:
             self.separator = _separator(self.text.readline())
             self.text.seek(0)
@@ -95,9 +95,9 @@ class CsvFile:
             self.padded = [name for name in header if name != name.strip()]
             names = list(map(str.strip, header))
             _check_names(names, self.path)
-            line = reader.line_num
+            self.line = reader.line_num
             for values in reader:
-                first, line = line + 1, reader.line_num
+                first, self.line = self.line + 1, reader.line_num
                 if not any(map(str.strip, values)):
                     self.num_empty += bool(values)  # an empty line is no row
                     continue
@@ -108,10 +108,10 @@ class CsvFile:
         except UnicodeDecodeError as error:
             rule = "a CSV file must be UTF-8, UTF-16 or Windows-1252"
             got = f"the byte {error.object[error.start]:#04x}"
-            place, remedy = f"{self.path} after line {line}", "convert it: iconv -f NAME -t UTF-8"
-            raise bad_row(rule, got, place, remedy) from None
+            place = f"{self.path} after line {self.line}"
+            raise bad_row(rule, got, place, "convert it: iconv -f NAME -t UTF-8") from None
         except csv.Error as error:
-            place, remedy = f"{self.path} line {line + 1}", "correct it, or write JSON lines"
+            place, remedy = f"{self.path} line {self.line + 1}", "correct it, or write JSON lines"
             raise bad_row("data must be CSV", error, place, remedy) from None
 
     def remark(self) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Any
 
@@ -50,7 +51,7 @@ def check_scorable(
 
 
 def warn_of_lost_rows(split: str, summary: RowsSummary) -> None:
-    """Warn of rows that were cut or left out, and of pairs with the same answer twice."""
+    """Warn of rows that were cut, left out or joined, and of pairs with the same answer twice."""
     longer = f"of {summary.rows} rows were longer than data.max_length or the context"
     if summary.rows_cut:
         _log.warning(
@@ -60,6 +61,12 @@ def warn_of_lost_rows(split: str, summary: RowsSummary) -> None:
     if summary.rows_dropped:
         _log.warning(
             f"{split}: {summary.rows_dropped} {longer}, and are left out (truncation: drop)"
+        )
+    if summary.rows_joined:
+        _log.warning(
+            f"{split}: nothing separates prompt and answer in {summary.rows_joined} of "
+            f"{summary.rows} rows. Begin answers with a space, end prompts with a line break, or "
+            "write a task file with a template"
         )
     if summary.pairs_equal:
         _log.warning(
@@ -128,11 +135,32 @@ def warn_of_seen_rows(rows: Mapping[str, Rows], earlier: Mapping[str, Kept]) -> 
             )
 
 
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Log no warnings of rows in the block: they are read again later, or only compared."""
+    package = logging.getLogger("chainlora")
+    level = package.level
+    package.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        package.setLevel(level)
+
+
 def warn_of_changed(
-    stage: str, rows: Rows, earlier: Mapping[str, Kept], tokenizer: Any, keeps: bool
+    stage: str,
+    rows: Rows,
+    others: Mapping[str, Kept],
+    tokenizer: Any,
+    keeps: bool,
+    *,
+    are_later: bool = False,
 ) -> None:
-    """Warn of prompts that earlier stages answer differently; with `keeps`, both answers count."""
-    changed = changed_answers(rows, earlier)
+    """Warn of prompts that other stages answer differently; with `keeps`, both answers count.
+
+    Earlier stages have the older answers, later ones the newer.
+    """
+    changed = changed_answers(rows, others)
     if not changed.prompts:
         return
     shown = ""
@@ -141,9 +169,11 @@ def warn_of_changed(
         answers = [right.sequences[0][slice(*right.scored[0][-1])] for right in rights]
         new, old = (_shown(tokenizer, tokens) for tokens in answers)
         prompt = _shown(tokenizer, changed.example[0].prompt, end=True)
-        shown = f", e.g. {prompt} (was {old}, now {new})"
+        old, new = (f"here {new}", f"there {old}") if are_later else (f"was {old}", f"now {new}")
+        shown = f", e.g. {prompt} ({old}, {new})"
     have, stages = "s have" if changed.prompts > 1 else " has", ", ".join(changed.stages)
     newest = "the newest answer counts (--keep-conflicts keeps both)"
+    newest = f"those of {stages}, which is later, count" if are_later else newest
     counts = "both count (data.keep_conflicts)" if keeps else newest
     _log.warning(f"{stage}: {changed.prompts} prompt{have} {CHANGED} {stages}{shown}; {counts}")
 

@@ -22,7 +22,10 @@ from chainlora.data.examples import Example
 
 ARRAYS = ("tokens", "lines", "ends")
 """The arrays that `flatten` returns."""
-COUNTED = ("rows", "rows_split", "rows_cut", "rows_dropped", "tokens_cut", "pairs_equal")
+COUNTED = (
+    *("rows", "rows_split", "rows_cut", "rows_dropped", "rows_joined"),
+    *("tokens_cut", "pairs_equal"),
+)
 """The counts of whole files, made while rows are encoded."""
 SUMMED = ("examples", "tokens", *COUNTED)
 """The fields of a summary that add up."""
@@ -38,11 +41,13 @@ class RowsSummary:
     rows_split: int = 0
     rows_cut: int = 0
     rows_dropped: int = 0  # longer than the context (data.truncation: drop)
+    rows_joined: int = 0  # nothing separates the prompt and the completion
     tokens_cut: int = 0
     pairs_equal: int = 0  # pairs whose chosen and rejected answers are equal
     unread: tuple[str, ...] = ()  # columns that are not read
     digest: str = ""
     recognised: str = ""  # the format of another tool, if `auto` detected one
+    columns: str = ""  # which columns are prompt and completion, if `auto` detected that
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields that are not zero or empty, for JSON."""
@@ -194,6 +199,7 @@ class JoinedRows(Rows):
             unread=tuple(dict.fromkeys(chain.from_iterable(part.unread for part in parts_of))),
             digest=_hashed(*(part.digest.encode() for part in parts_of)),
             recognised=", ".join(dict.fromkeys(p.recognised for p in parts_of if p.recognised)),
+            columns="; ".join(dict.fromkeys(part.columns for part in parts_of if part.columns)),
         )
         super().__init__(np.concatenate([part.lengths for part in parts]), summary)
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from huggingface_hub import is_offline_mode
 
+from chainlora.config.data import FIELDS_KEY
 from chainlora.data.readers import READERS, CsvFile, Record, bad_row, parse_json, without_filling
 from chainlora.errors import DataError
 from chainlora.files import sha256
@@ -124,7 +125,8 @@ class Source(ABC):
             if (row := next(rows, None)) is None:
                 columns = " and ".join(repr(self.fields[field]) for field in sorted(missing))
                 rule, first = "`data.fields` must name columns of the rows", next(iter(self))
-                remedy = f"correct it (the first row has {', '.join(map(str, first))})"
+                has = f"the first row has {', '.join(map(str, first))}"
+                remedy = f"correct it, e.g. {FIELDS_KEY} ({has})"
                 raise DataError(rule, f"{columns}, which no row of {self} has", remedy)
             missing -= row.keys()
 

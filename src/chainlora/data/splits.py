@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from chainlora.config.data import TrainFile
 from chainlora.config.schema import PAIR_LOSSES, DataConfig
 from chainlora.data.division import aligned, divide, pick, rows_again
-from chainlora.data.encoding import Options, detect_format
+from chainlora.data.encoding import FORMATS, Options, detect_format, with_usual_columns
+from chainlora.data.encoding.translated import FIELDS as TRANSLATED
 from chainlora.data.kept import ASKED, SAMPLE, SPLITS, Kept, answer_hashes, newest
 from chainlora.data.mixture import Mixture, example_hashes, prompt_hashes
 from chainlora.data.preparing import make_rows
@@ -33,7 +34,7 @@ from chainlora.data.rows import COUNTED, MemoryRows, Rows, joined
 from chainlora.data.sources import ListSource, Row, Source, find_source
 from chainlora.data.tasks import REPORTED_OF_TEXT, WORD_METRICS, Task, load_task
 from chainlora.data.templates import set_chat_template
-from chainlora.errors import ConfigError
+from chainlora.errors import ConfigError, DataError
 
 _log = logging.getLogger(__name__)
 
@@ -91,7 +92,8 @@ class Splits:
     def report(self) -> dict[str, dict[str, Any]]:
         """Return the summary of each split: rows, tokens, cuts, unread columns."""
         summaries = {name: getattr(self, name).summary.as_dict() for name in SPLITS}
-        of_files = (*COUNTED, "recognised")  # held-out rows are in the counts of the training files
+        # held-out rows are in the counts of the training files
+        of_files = (*COUNTED, "recognised", "columns")
         for name, summary in summaries.items():
             is_held_out = name == "validation" and self.bound is not None
             for key in ("digest", *(of_files if is_held_out else ())):
@@ -316,6 +318,7 @@ def check_files(data: DataConfig, loss: str | None) -> None:
             source.check_fields()
             first = next(iter(source))
             if task is None and (loss in PAIR_LOSSES or data.format == "auto"):
+                first = next(iter(with_usual_columns(source, loss)))
                 kinds.setdefault(split, set()).add(detect_format([first], loss))
     trained = kinds.pop("train", set())
     for split, scored in kinds.items():
@@ -326,6 +329,20 @@ def check_files(data: DataConfig, loss: str | None) -> None:
                 split,
                 *(", ".join(sorted(formats)) for formats in (scored, trained)),
             )
+
+
+def has_columns(data: DataConfig, loss: str | None) -> bool:
+    """Return whether the first row of every file has the columns of `data.fields` and the fields of
+    `data.format`. True if a file cannot be read, which `check_files` refuses.
+    """
+    fields = {*data.fields}
+    if data.format != "auto" and loss not in PAIR_LOSSES:
+        fields |= {*(FORMATS | TRANSLATED)[data.format]}
+    try:
+        sources = [source for named in _file_sources(data).values() for source in named]
+        return all(next(iter(source)).keys() >= fields for source in sources)
+    except DataError:
+        return True
 
 
 def encode_split(
@@ -365,6 +382,8 @@ def _encode(
     rows = make_rows(source, tokenizer, task, options, progress=split_progress)
     check_pairs(rows.summary, source)
     if warn:
+        if rows.summary.columns:
+            _log.warning("%s: %s", source, rows.summary.columns)
         warn_of_lost_rows(split, rows.summary)
     return rows
 

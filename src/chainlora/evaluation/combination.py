@@ -153,7 +153,7 @@ def build_combination(
     states = [state_at(run, history, name) for name in due.parents]
     states = sorted(states, key=lambda state: state.state.digest)
     progress = progress or (lambda *done: None)
-    folder = stage_folder(run, due.key)  # has a point while the steps are not finished
+    folder = stage_folder(run, due.place)  # has a point while the steps are not finished
     save, point = None, None
     if how.steps:
         save = partial(Point.write, path=folder / POINT, identity=due.digest)

@@ -42,7 +42,7 @@ from chainlora.evaluation.evaluate import Evaluation, evaluate, standard_error, 
 from chainlora.evaluation.metrics import is_higher_better
 from chainlora.evaluation.pair_scores import judge_odds, judge_pairs
 from chainlora.runs.addresses import Address, open_run
-from chainlora.runs.changes import MATRIX
+from chainlora.runs.changes import MATRIX, scored_on
 from chainlora.runs.documents import Digest, short_digest
 from chainlora.runs.draft import drafts_in
 from chainlora.runs.entries import BASE, START, State
@@ -363,7 +363,7 @@ class Scorer:
 def _scored_on(run: OpenState, stage: str, kept: Kept) -> str:
     """Return a digest of the kept rows of a stage and, for DPO, of their reference."""
     reference = run.at(stage).parent.state.digest if kept.loss == "dpo" else ""
-    return short_digest([run.keepers[stage], reference])
+    return scored_on(run.keepers[stage], reference)
 
 
 def _key(cell: Cell) -> tuple[str, str, str]:

@@ -73,7 +73,7 @@ def build_import(run: Path, due: Due, base: OpenBase | None = None) -> None:
     Raises RunError if the adapter or its rows have changed since they were added, ChainLoRAError
     if they cannot be read.
     """
-    scratch = Scratch(run, due.key)
+    scratch = Scratch(run, stage_folder(run, due.place))
     scratch.clear()
     try:
         _import(run, due, base)
@@ -89,7 +89,8 @@ def _import(run: Path, due: Due, base: OpenBase | None) -> None:
     start, base_facts = _fitted(run, config, history, base)
     rows, kept = _rows_of(config, base, run / TOKENIZER if history.tokenizer else None, start)
     links = dict(save_link(run, link, base_facts, key) for link in start.links)
-    kept_digest, path = save_rows(run, kept, key), stage_folder(run, key) / CONFIG
+    kept_digest = save_rows(run, kept, key)
+    path = stage_folder(run, due.place) / CONFIG
     files.write_text(path, dump_config(config))
     entry = due.entry(
         State(base=base_facts.fingerprint, links=tuple(links)),

@@ -16,7 +16,7 @@ from chainlora.runs.draft import DRAFT, drafts_in, read_draft
 from chainlora.runs.entries import BASE, CONFIG, START
 from chainlora.runs.history import History
 from chainlora.runs.history_file import read_history
-from chainlora.runs.paths import HISTORY, exists_in, need_run, split_address
+from chainlora.runs.paths import HISTORY, exists_in, need_run, split_address, stage_folder
 from chainlora.runs.state import OpenState
 
 _SHORTEST = 4  # digits of a digest, at least, to name a state
@@ -71,8 +71,8 @@ def state_at(run: Path, history: History, name: str | None = None) -> OpenState:
 
 def state_of_draft(run: Path, stage: str, history: History | None = None) -> OpenState:
     """Return the state of a stage in training. Raises RunError if ``stage.json`` does not fit."""
-    history, draft = history or read_history(run), read_draft(run, stage)
-    due = history.due_stage(stage)
+    history = history or read_history(run)
+    draft, due = read_draft(stage_folder(run, history.folder_of(stage))), history.due_stage(stage)
     if due is None or due.digest != draft.digest:
         raise RunError(f"{DRAFT} must be of its run", f"{stage} in {run}", DAMAGED)
     sums = {name: digest for name, digest in draft.files.items() if name == CONFIG}

@@ -90,7 +90,8 @@ def take_in(run: Path, history: History, state: OpenState) -> tuple[History, dic
     state.verify()
     other, made = state.history.only(state.key), {e.digest: e.key for e in history.entries}
     names = {e.key: made[e.digest] for e in other.entries if e.digest in made}
-    used = {START, *history.plan().names, *(entry.key for entry in history.entries)}
+    used = {START, *history.plan().names}
+    used |= {name for entry in history.entries for name in (entry.key, entry.place)}
     for entry in other.entries:
         if entry.key != START and entry.key not in names:
             names[entry.key] = _free_name(entry.key, state.run, used)
@@ -102,11 +103,13 @@ def take_in(run: Path, history: History, state: OpenState) -> tuple[History, dic
             plan = plan.with_stage(stages[stage.identity])
     new = [e for e in other.entries if e.digest not in made and e.key != START]
     part = other.model_copy(update={"entries": tuple(map(_with_copied_files, new))}).tidied()
-    copy_files(state.run, run, part.model_copy(update={"tokenizer": {}}), names=names)
+    places = {entry.place: names[entry.key] for entry in part.entries}
+    copy_files(state.run, run, part.model_copy(update={"tokenizer": {}}), places=places)
     history = history.edited(plan, "combine")
     for entry in part.entries:
         known = None if entry.identity is None else stages[entry.identity].identity
-        renamed = entry.renamed(names).model_copy(update={"identity": known})
+        update = {"identity": known, "folder": ""}
+        renamed = entry.renamed(names).model_copy(update=update)
         facts = {
             link: part.links[link].model_copy(
                 update={"stage": names.get(part.links[link].stage, part.links[link].stage)}
@@ -149,17 +152,17 @@ def copy_files(
     target: Path,
     history: History,
     existing: Mapping[str, str] | None = None,
-    names: Mapping[str, str] | None = None,
+    places: Mapping[str, str] | None = None,
 ) -> list[str]:
     """Copy the files that a history names from one run into another, checked; return their names.
 
-    `existing` are files that the target has, each with its SHA-256. `names` are new names of
-    entries in the target.
+    `existing` are files that the target has, each with its SHA-256. `places` are new names of
+    folders of entries.
     """
     copied = []
     for name, digest in history.files.items():
         kind, key, *rest = name.split("/")
-        new = "/".join((kind, (names or {}).get(key, key) if kind == "stages" else key, *rest))
+        new = "/".join((kind, (places or {}).get(key, key) if kind == "stages" else key, *rest))
         is_known = kind in CONTENT and (target / new).is_file()
         is_known = is_known and files.sha256(target / new).startswith(digest)
         is_gone = rest == [RECORDS] and not (source / name).is_file()  # records may be missing

@@ -6,11 +6,13 @@ Each is one replacement of ``history.json``. None deletes anything.
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from chainlora.errors import RunError
 from chainlora.runs.addresses import open_run, state_at
+from chainlora.runs.documents import short_digest
 from chainlora.runs.draft import drafts_in
 from chainlora.runs.entries import BASE
 from chainlora.runs.history import History
@@ -22,6 +24,14 @@ from chainlora.runs.recipes import How
 from chainlora.runs.state import OpenState
 
 MATRIX = "matrix.jsonl"  # scores by digests of states (`evaluation.stage_scores`)
+
+
+def scored_on(kept: str, reference: str) -> str:
+    """Return a digest of kept rows, by their SHA-256, and for DPO of the state of their reference.
+
+    A score in the matrix is of a state and of this digest.
+    """
+    return short_digest([kept, reference])
 
 
 def whole_run(run: str | Path) -> Path:
@@ -48,8 +58,8 @@ def undo(run: str | Path, to: str | None = None) -> OpenState:
         if to is not None:
             update_history(run, lambda now: _become(run, now, to))
         elif drafts := drafts_in(run, history):
-            for name in drafts:
-                Scratch(run, name).undo()
+            for folder in drafts.values():
+                Scratch(run, folder).undo()
             update_history(run, lambda now: now.dropped())
         else:
             at = next(iter(earlier_of(history).values()), None)
@@ -66,23 +76,26 @@ def has_work(history: History) -> bool:
 
 def earlier_of(history: History) -> dict[str, int]:
     """Return what a run was before, the newest first: entries, each with the place of a version."""
-    places, head = dict[str, int](), history.head
-    for place in history.ancestors():
-        key = _state_of(history, place)
-        if key is not None and key != head:
-            places.setdefault(key, place)
-    return places
+    return _others(history, history.ancestors())
 
 
 def later_of(history: History) -> dict[str, int]:
     """Return what `redo` goes to, the next first: entries, each with the place of a version."""
-    places, head = dict[str, int](), history.head
-    while later := history.successors():
-        history = history.moved(later[-1])
-        key = _state_of(history, history.at)
+    places, at = list[int](), history
+    while later := at.successors():
+        at = at.moved(later[-1])
+        places.append(at.at)
+    return _others(history, places)
+
+
+def _others(history: History, places: Iterable[int]) -> dict[str, int]:
+    """Return the entries that versions come to and that are not the head, as they are named now."""
+    found, head = dict[str, int](), history.head
+    for place in places:
+        key = _state_of(history, place)
         if key is not None and key != head:
-            places.setdefault(key, history.at)
-    return places
+            found.setdefault(key, place)
+    return found
 
 
 def _state_of(history: History, place: int) -> str | None:

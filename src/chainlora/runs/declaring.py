@@ -7,7 +7,7 @@ scratch folder and then renamed, so it appears complete, with its first version.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from chainlora import files
 from chainlora.config.reading import make_config
@@ -51,9 +51,12 @@ def stage_of(
     )
 
 
-def config_of(run: Path, stage: Stage) -> RunConfig:
-    """Return the config of a stage. Raises ConfigError for paths in template names."""
-    tree = stage.config | {"output": str(run)}
+def config_of(run: Path, stage: Stage, **keys: Any) -> RunConfig:
+    """Return the config of a stage, with other `keys`.
+
+    Raises ConfigError for paths in template names.
+    """
+    tree = stage.config | {"output": str(run)} | keys
     refuse_paths(tree, run / HISTORY)
     return make_config(tree)
 

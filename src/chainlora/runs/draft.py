@@ -123,20 +123,21 @@ class Draft(Document):
         return named
 
 
-def read_draft(run: Path, stage: str) -> Draft:
-    """Read ``stage.json``. Raises RunError for a damaged one."""
-    return read_part(stage_folder(run, stage) / DRAFT, Draft)
+def read_draft(folder: Path) -> Draft:
+    """Read the ``stage.json`` of a stage's folder. Raises RunError for a damaged one."""
+    return read_part(folder / DRAFT, Draft)
 
 
 def drafts_in(run: Path, history: History) -> dict[str, Path]:
     """Return the folders of stages in training, by name."""
-    names = (name for name in history.plan().names if history.find(name) is None)
-    folders = {name: stage_folder(run, name) for name in names}
+    names = [name for name in history.plan().names if history.find(name) is None]
+    unbuilt = [history.due_stage(name) for name in names]
+    folders = {due.key: stage_folder(run, due.place) for due in unbuilt if due is not None}
     return {name: folder for name, folder in folders.items() if (folder / DRAFT).is_file()}
 
 
 def ended_leftovers(run: Path, history: History) -> Iterator[Path]:
     """Yield training files of finished stages that a kill has left."""
     for entry in history.entries:
-        folder = stage_folder(run, entry.key)
+        folder = stage_folder(run, entry.place)
         yield from (folder / name for name in PASSING if (folder / name).exists())

@@ -118,7 +118,8 @@ class Entry(Part):
     # all links of a stage; its state may end at an earlier, best point
     tied: tuple[Digest, ...] = ()
     kept: Sha | None = None  # SHA-256 of its kept rows
-    files: Sums = Field(default={})  # in ``stages/KEY``
+    files: Sums = Field(default={})  # in its folder
+    folder: str = ""  # in ``stages``, if its name is not the key
     ended: str = ""  # when, in UTC
     distances: dict[Name, float] = Field(default={})  # of a combination, from each part
 
@@ -131,6 +132,11 @@ class Entry(Part):
     def has_config(self) -> bool:
         """Say whether it is a stage, or an adapter that was added like one (`runs.adding`)."""
         return CONFIG in self.files
+
+    @property
+    def place(self) -> str:
+        """Return the name of its folder in ``stages``."""
+        return self.folder or self.key
 
     def renamed(self, names: Mapping[str, str]) -> Entry:
         """Return the entry with new names of entries; `names` maps old ones to new ones."""
@@ -151,6 +157,12 @@ class Due:
     key: str  # of the future entry
     parents: tuple[str, ...]
     below: State  # of its first parent
+    folder: str = ""  # as in `Entry`
+
+    @property
+    def place(self) -> str:
+        """Return the name of its folder in ``stages``."""
+        return self.folder or self.key
 
     @property
     def kind(self) -> str:
@@ -177,6 +189,7 @@ class Due:
             "digest": self.digest,
             "identity": identity,
             "how": how,
+            "folder": self.folder,
         }
         known |= {"key": self.key, "parents": self.parents, "state": state, "ended": now()}
         return Entry(**known | more)

@@ -21,7 +21,7 @@ no entry names are ignored, and deleted by `prune`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, count
 from typing import Any
 
@@ -142,10 +142,13 @@ class History(Document):
         They are in the order of the plan, by which later answers are newer.
         """
         read = {START, *(entry.key for key in keys for entry in self.lineage(key))}
-        order = {name: place for place, name in enumerate((START, *self.plan().names))}
         known = [e for e in self.entries if e.key in read and e.kept not in (None, *self.unsent)]
-        known = sorted(known, key=lambda entry: order.get(self.name_of(entry), len(order)))
-        return {entry.key: str(entry.kept) for entry in known}
+        return {entry.key: str(entry.kept) for entry in self._in_order(known)}
+
+    def _in_order(self, entries: Iterable[Entry]) -> list[Entry]:
+        """Return entries in the order of the plan; others come last."""
+        order = {name: place for place, name in enumerate((START, *self.plan().names))}
+        return sorted(entries, key=lambda entry: order.get(self.name_of(entry), len(order)))
 
     def name_of(self, entry: Entry) -> str:
         """Return the name of an entry's stage in the plan, else its key."""
@@ -158,9 +161,10 @@ class History(Document):
         return sorted(links, key=lambda link: places.get(self.links[link].stage, -1))
 
     def stages_of(self, key: str) -> list[str]:
-        """Return the stages with links in an entry, those of a combination too, in their order."""
+        """Return the stages with links in an entry, those of a combination too."""
         kinds = ("stage", "import")
-        return [e.key for e in self.lineage(key) if e.kind in kinds and e.state.links]
+        known = self._in_order(self.lineage(key))
+        return [e.key for e in known if e.kind in kinds and e.state.links]
 
     @property
     def files(self) -> dict[str, str]:
@@ -169,7 +173,7 @@ class History(Document):
         for key, facts in self.links.items():
             named |= {f"{link_folder(key)}/{name}": d for name, d in facts.files.items()}
         for entry in self.entries:
-            named |= {f"stages/{entry.key}/{name}": d for name, d in entry.files.items()}
+            named |= {f"stages/{entry.place}/{name}": d for name, d in entry.files.items()}
             if entry.kept is not None and entry.kept not in self.unsent:
                 named[rows_file(entry.kept)] = entry.kept
         return named
@@ -276,7 +280,24 @@ class History(Document):
             "versions": (*self.versions, version),
             "at": len(self.versions),
         }
-        return self.model_copy(update=update)
+        return self.model_copy(update=update).named()
+
+    def changed(self, stages: Sequence[Stage], command: str) -> History:
+        """Return the history with changed stages, each in the place of the one of its name."""
+        plan = self.plan()
+        for stage in stages:
+            plan = plan.with_changed(stage)
+        return self.edited(plan, command)
+
+    @property
+    def former(self) -> list[Digest]:
+        """Return the identities that stages of the current plan had before they were changed."""
+        now = {stage.name: stage.identity for stage in self.plan().stages}
+        return [
+            identity
+            for identity, stage in self.stages.items()
+            if now.get(stage.name, identity) != identity
+        ]
 
     def marked(self, marks: Iterable[Digest]) -> History:
         """Return the history whose current version marks stages to erase."""
@@ -287,15 +308,46 @@ class History(Document):
 
     def moved(self, at: int) -> History:
         """Return the history at another version."""
-        return self.model_copy(update={"at": at})
+        return self.model_copy(update={"at": at}).named()
 
     def dropped(self) -> History:
         """Return the history without its last version, at the one before it."""
         *versions, last = self.versions
         update = {"versions": tuple(versions), "at": last.before}
-        return self.model_copy(update=update).tidied()
+        return self.model_copy(update=update).tidied().named()
 
     # --- entries ---
+
+    def named(self) -> History:
+        """Return the history in which the stages of the current plan have its names.
+
+        The entry of another version of such a stage gets a number behind the name.
+        """
+        made, recipes, names = Made(self), self.recipes(), dict[str, str]()
+        for name in self.plan().names:
+            entry, old = made.entry(recipes.state(name)), self.find(name)
+            if old is not None and old != entry:
+                names[old.key] = self.free_name(name, {*names.values(), *self.plan().names})
+            if entry is not None:
+                names[entry.key] = name
+        return self.renamed({old: new for old, new in names.items() if old != new})
+
+    def renamed(self, names: Mapping[str, str]) -> History:
+        """Return the history with new names of entries; their folders stay where they are."""
+        if not names:
+            return self
+        entries = list[Entry]()
+        for entry in self.entries:
+            new = entry.renamed(names)
+            if new.key != entry.key and entry.files:
+                folder = "" if entry.place == new.key else entry.place
+                new = new.model_copy(update={"folder": folder})
+            entries.append(new)
+        links = {
+            link: facts.model_copy(update={"stage": names.get(facts.stage, facts.stage)})
+            for link, facts in self.links.items()
+        }
+        return self.model_copy(update={"entries": tuple(entries), "links": links})
 
     def added(self, entry: Entry, links: Mapping[str, LinkFacts]) -> History:
         """Return the history with one more entry. The entry ``start`` is placed first."""
@@ -323,15 +375,19 @@ class History(Document):
     def erased(self, stages: Collection[Digest]) -> History:
         """Return the history as if some stages, by identity, had never been there.
 
-        All that stands on them goes too. Versions that become equal are one, and a command that
-        names such a stage is cut to its verb.
+        In earlier versions, the current stage of the same name takes the place of such a stage.
+        Without one, all that stands on it goes too, and a command that names it is cut to its verb.
+        Versions that become equal are one.
         """
-        names = {self.stages[identity].name for identity in stages}
+        now = {stage.name: stage for stage in self.plan().stages}
+        names = {self.stages[identity].name for identity in stages} - now.keys()
         versions, places = list[Version](), dict[int, int]()
         for place, version in enumerate(self.versions):
             plan, before = self.plan(place), places.get(version.before, -1)
             marked = [stage.name for stage in plan.stages if stage.identity in stages]
-            new = _stored(plan.without(marked), version, before, names)
+            for name in now.keys() & {*marked}:
+                plan = plan.with_changed(now[name])
+            new = _stored(plan.without({*marked} & names), version, before, names)
             if before >= 0 and new.plan == versions[before].plan:
                 places[place] = before
             else:
@@ -351,8 +407,7 @@ class History(Document):
                 numbered = (f"{first}-{number}" for number in count(2))
                 names[entry.key] = next(n for n in chain([first], numbered) if n not in taken)
                 taken.add(names[entry.key])
-        entries = tuple(entry.renamed(names) for entry in self.entries)
-        return self.model_copy(update={"entries": entries})
+        return self.renamed({old: new for old, new in names.items() if old != new})
 
     def due(self, recipe: Recipe, made: Made | None = None) -> Due | None:
         """Return a recipe with what is known of its entry; None before its parents are made."""
@@ -365,7 +420,9 @@ class History(Document):
         if recipe.kind == "combine":
             key = self.free_name(f"after-{keys[-1]}"[:72])
         below = self.state_of(keys[0]) if keys else self.empty
-        return Due(recipe, digest, key, tuple(keys), below)
+        is_taken = key in {entry.place for entry in self.entries}
+        folder = f"{key[:63]}-{digest[:8]}" if is_taken else ""
+        return Due(recipe, digest, key, tuple(keys), below, folder)
 
     def due_stage(self, name: str) -> Due | None:
         """Return a stage of the current plan that has no entry yet, None before it can begin."""
@@ -373,10 +430,15 @@ class History(Document):
             return None
         return self.due(self.recipes().state(name))
 
-    def free_name(self, name: str) -> str:
+    def folder_of(self, name: str) -> str:
+        """Return the name of the folder of an entry, or of a stage that has none yet."""
+        entry = self.find(name) or self.due_stage(name)
+        return name if entry is None else entry.place
+
+    def free_name(self, name: str, taken: Collection[str] = ()) -> str:
         """Return a name that no entry has: this one, or this one and a number."""
         names = chain([name], (f"{name}-{number}" for number in count(2)))
-        return next(free for free in names if self.find(free) is None)
+        return next(free for free in names if self.find(free) is None and free not in taken)
 
 
 def _stored(plan: Plan, version: Version, before: int, erased: Collection[str]) -> Version:

@@ -9,7 +9,7 @@ from chainlora import files
 from chainlora.runs.documents import read_part, version_of, write_part
 from chainlora.runs.history import History
 from chainlora.runs.locks import need_own, writing
-from chainlora.runs.paths import HISTORY
+from chainlora.runs.paths import HISTORY, stage_folder
 
 _READ: dict[Path, tuple[tuple[int, ...], History]] = {}  # cache: version and content by path
 
@@ -30,6 +30,11 @@ def read_history(run: Path) -> History:
     if version is not None and version == version_of(run / HISTORY):
         _READ[path] = version, history
     return history
+
+
+def folder_in(run: Path, name: str) -> Path:
+    """Return the folder of a stage, with all its files but links and kept rows."""
+    return stage_folder(run, read_history(run).folder_of(name))
 
 
 def need_own_folders(run: Path) -> None:

@@ -31,6 +31,7 @@ from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.lineage import without_places
 from chainlora.runs.locks import LOCK, writing
 from chainlora.runs.paths import HISTORY, exists_in
+from chainlora.runs.sent import note_sent
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ def push_run(run: str | Path, target: str, *, rows: bool = False) -> list[str]:
             logger.warning(said, ", ".join(with_paths), target)
         if is_remote:
             push_folder(made, target, private=True, remedy=remedy)
+    note_sent(folder, "copy", open_run(folder).state.digest, target)
     return names
 
 
@@ -166,11 +168,12 @@ def _joined(source: History, before: History, rows: bool) -> History:
         rule, remedy = "a run is sent after its prune has ended", "chainlora train RUN ends it"
         raise RunError(rule, "marks of stages to delete", remedy)
     source = source.complete()
-    for key in [entry.key for entry in before.entries]:
-        sent, existing = source.find(key), before.find(key)
-        if sent is None or existing is None or sent.state != existing.state:
+    sent = {entry.digest: entry.state for entry in source.entries}
+    for entry in before.entries:
+        if sent.get(entry.digest) != entry.state:
             rule, remedy = "the target must be earlier than the source", "choose a new target"
-            got = f"another {key}" if sent is not None else f"{key}, which the source lacks"
+            is_other = source.find(entry.key) is not None
+            got = f"another {entry.key}" if is_other else f"{entry.key}, which the source lacks"
             raise RunError(rule, got, remedy)
     count = len(before.versions)
     if before.entries and source.versions[:count] != before.versions:

@@ -20,7 +20,7 @@ from chainlora.errors import FileError, RunError
 from chainlora.runs.documents import now
 from chainlora.runs.draft import GROWING, PASSING
 from chainlora.runs.entries import CONFIG, CONTENT, RECORDS, RESULT
-from chainlora.runs.paths import exists_in, stage_folder
+from chainlora.runs.paths import exists_in
 
 LOCK, HOLDER = ".lock", ".lock.json"
 _PATIENCE = 0.2  # seconds: `is_held` holds the lock for a moment
@@ -102,9 +102,8 @@ def need_own(path: Path) -> None:
 class Scratch:
     """The files of a stage in training, which this process writes."""
 
-    def __init__(self, run: Path, stage: str) -> None:
-        self.run, self.stage = run, stage
-        self.folder = stage_folder(run, stage)
+    def __init__(self, run: Path, folder: Path) -> None:
+        self.run, self.folder = run, folder
 
     def clear(self) -> None:
         """Remove leftovers of a kill or of a pruned stage of this name, before the stage begins."""

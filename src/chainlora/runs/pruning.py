@@ -16,7 +16,7 @@ from pathlib import Path
 
 from chainlora import files
 from chainlora.errors import FileError, RunError
-from chainlora.runs.changes import MATRIX, whole_run
+from chainlora.runs.changes import MATRIX, scored_on, whole_run
 from chainlora.runs.draft import drafts_in, ended_leftovers
 from chainlora.runs.entries import CONTENT, START
 from chainlora.runs.history import History
@@ -80,6 +80,8 @@ def without_stage(run: Path, history: History, name: str) -> History:
     if entry is not None and entry.kind == "combine":
         _need_unused(run, history, name)
         return history.without_entries([name])
+    if entry is not None and entry.identity in history.former:  # it has been changed since
+        return history.marked([entry.identity])
     known = {identity: stage for identity, stage in history.stages.items() if stage.name == name}
     leftovers = {path.name.partition(".")[0] for path in (run / "stages").glob("*")}  # of a kill
     if not known:
@@ -173,17 +175,22 @@ def _keep_scores(run: Path, history: History) -> None:
     if not path.is_file():
         return
     states = {history.empty.digest, *(entry.state.digest for entry in history.entries)}
-    stages = {entry.key for entry in history.entries}
+    rows = {
+        scored_on(entry.kept, reference)
+        for entry in history.entries
+        if entry.kept is not None
+        for reference in ("", history.state_of(entry.parent).digest)
+    }
     with files.reported(path, "read"):
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    kept = [line for line in lines if _is_valid(line, states, stages)]
+    kept = [line for line in lines if _is_valid(line, states, rows)]
     files.write_text(path, "".join(f"{line}\n" for line in kept))
 
 
-def _is_valid(line: str, states: Collection[str], stages: Collection[str]) -> bool:
+def _is_valid(line: str, states: Collection[str], rows: Collection[str]) -> bool:
     """Say whether the state and the rows of a score exist."""
     try:
         cell = json.loads(line)
-        return cell["state"] in states and cell["stage"] in stages
+        return cell["state"] in states and cell["scored_on"] in rows
     except (ValueError, LookupError, TypeError):
         return False

@@ -67,6 +67,7 @@ class Stage(Part):
     config: dict[str, Any] = Field(default={})
     sources: dict[str, list[str]] = Field(default={})  # by config key
     plugins: dict[str, str] = Field(default={})  # SHA-256 of each
+    default_length: bool = False  # its epochs come from the number of its rows
 
     @property
     def own(self) -> dict[str, Any]:
@@ -171,6 +172,11 @@ class Plan(Part):
     def with_stage(self, stage: Stage) -> Plan:
         """Return the plan with one more stage."""
         return self.model_copy(update={"stages": (*self.stages, stage)})
+
+    def with_changed(self, stage: Stage) -> Plan:
+        """Return the plan with another stage in the place of the one of its name."""
+        stages = tuple(stage if own.name == stage.name else own for own in self.stages)
+        return self.model_copy(update={"stages": stages})
 
     def combined(self, names: Collection[str], how: How) -> Plan:
         """Return the plan of a run that is made of some stages and those below them."""

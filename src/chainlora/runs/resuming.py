@@ -216,7 +216,8 @@ def _other_config(
         remedy = f"choose another output, or add a stage to it: {add}"
     else:
         rule, got = "a run resumes with the config it began with", f"{differs} in {place}"
-        remedy = f"use {stage_folder(place, stage) / CONFIG}, or choose another output"
+        config = stage_folder(place, run.history.folder_of(stage)) / CONFIG
+        remedy = f"use {config}, or choose another output"
     return RunError(rule, got, remedy)
 
 

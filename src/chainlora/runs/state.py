@@ -197,7 +197,7 @@ class OpenState:
     @property
     def folder(self) -> Path:
         """Return the folder of the entry."""
-        return stage_folder(self.run, self.key)
+        return stage_folder(self.run, self.history.folder_of(self.key))
 
     @property
     def configured(self) -> Entry:
@@ -260,7 +260,7 @@ class OpenState:
             self._rows(digest)
         for entry in self.lineage:
             for name in entry.files:
-                if name != RECORDS or (stage_folder(self.run, entry.key) / name).is_file():
+                if name != RECORDS or (stage_folder(self.run, entry.place) / name).is_file():
                     self._need_own(entry, name)
         self.tokenizer()
         if self.draft is None:
@@ -269,7 +269,7 @@ class OpenState:
             return self._with_files_of(self.draft)
         except RunError:
             # another process trains the stage, and has replaced some files meanwhile
-            current = read_draft(self.run, self.key)
+            current = read_draft(self.folder)
             if current == self.draft:
                 raise
             return replace(self, draft=current)._with_files_of(current)
@@ -277,7 +277,7 @@ class OpenState:
     def _with_files_of(self, draft: Draft) -> OpenState:
         """Check the files of a stage in training; leave a damaged checkpoint out."""
         check_records(self.folder / RECORDS, draft.records)
-        point, folder = draft.checkpoint, f"stages/{self.key}"
+        point, folder = draft.checkpoint, f"stages/{self.folder.name}"
         inside = {
             n: d for n, d in draft.files.items() if point and n.startswith(f"{point.directory}/")
         }
@@ -305,7 +305,7 @@ class OpenState:
         return need_file(self.run, rows_file(digest), digest)
 
     def _need_own(self, entry: Entry, name: str) -> Path:
-        return need_file(self.run, f"stages/{entry.key}/{name}", entry.files[name])
+        return need_file(self.run, f"stages/{entry.place}/{name}", entry.files[name])
 
     def _need_folder(self, folder: str, sums: Mapping[str, str]) -> Path:
         for name, digest in sums.items():

@@ -22,7 +22,6 @@ stage into the history.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -36,7 +35,6 @@ from chainlora.chain.link import Link
 from chainlora.config.reading import dump_config
 from chainlora.config.schema import LinkConfig, RunConfig
 from chainlora.data.kept import Kept
-from chainlora.errors import FileError
 from chainlora.knots.numbers import Numbers
 from chainlora.runs.addresses import state_of_draft
 from chainlora.runs.beginning import save_rows
@@ -44,11 +42,10 @@ from chainlora.runs.costs import versions
 from chainlora.runs.documents import write_part
 from chainlora.runs.draft import DRAFT, PASSING, REFERENCE, Checkpoint, Draft, Progress
 from chainlora.runs.entries import CONFIG, RECORDS, RESULT, Base, Due, LinkFacts
-from chainlora.runs.history_file import read_history, update_history
+from chainlora.runs.history_file import folder_in, read_history, update_history
 from chainlora.runs.links import save_link, write_adapter_of
 from chainlora.runs.locks import Scratch
 from chainlora.runs.opening import check_base
-from chainlora.runs.paths import stage_folder
 from chainlora.runs.records import RecordLog, resumed_log
 from chainlora.runs.resuming import check_resumed, need_same_sources, source_digests
 from chainlora.runs.state import OpenState
@@ -65,8 +62,8 @@ class Work:
 
     def __init__(self, run: str | Path, stage: str, *, writes: bool = True) -> None:
         self.run, self.stage, self.writes = Path(run), stage, writes
-        self.folder = stage_folder(self.run, stage)
-        self._scratch = Scratch(self.run, stage)
+        self.folder = folder_in(self.run, stage)
+        self._scratch = Scratch(self.run, self.folder)
         self._draft: Draft | None = None
         self._is_new = False  # begun by this process
         self._hashes: dict[str, str] = {}  # of files that this process has written or verified
@@ -137,12 +134,6 @@ class Work:
         due = read_history(self.run).due_stage(self.stage)
         assert due is not None
         return due
-
-    def tidy(self) -> None:
-        """Remove training files of a finished stage that a kill has left."""
-        if self.writes:
-            with suppress(FileError):  # the disk is read-only
-                self._scratch.remove_passing()
 
     def close(self, *, undo: bool = False) -> None:
         """End the work: with `undo`, remove a stage that this process began without a point.

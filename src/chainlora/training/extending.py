@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from chainlora.config.reading import read_tree, set_key
+from chainlora.config.schema import RunConfig
 from chainlora.config.staging import (
     Stage,
     check_name,
@@ -26,6 +27,7 @@ from chainlora.config.staging import (
     what_stages_share,
 )
 from chainlora.data.readers import is_rows
+from chainlora.data.splits import has_columns
 from chainlora.errors import ConfigError, RunError
 from chainlora.models.finding import from_above
 from chainlora.runs.addresses import begun_stage, open_run
@@ -136,7 +138,7 @@ def _beside(
         if not stands_beside(stage):
             return None
         need_beside(stage, (), head)
-        _warn_of_open_keys(last, keys)
+        _tell_inherited(last, keys, stage)
     return replace(stage, beside=True)
 
 
@@ -152,7 +154,7 @@ def _on_top(
     last = parent.with_rows
     stage = _inheriting(last, keys, address, fork)
     if is_new:
-        _warn_of_open_keys(last, keys)
+        _tell_inherited(last, keys, stage)
     return replace(stage, after=None if fork else parent.key, beside=False)
 
 
@@ -168,17 +170,45 @@ def _inheriting(
     if plugins is None and before.plugins:
         raise RunError(not_named(f"extend {address}", before.plugins) + ", or --plugins [] without")
     shared = what_stages_share(before) | {"plugins": plugins or (), "output": str(last.run)}
-    if fork is None:
-        return make_stage(shared, section, 1)
-    base = from_above(shared["model"], last.run)
-    return replace(make_stage(shared | {"model": base} | fork, section, 0), fork=str(address))
+    if fork is not None:
+        shared |= {"model": from_above(shared["model"], last.run)} | fork
+    place = 1 if fork is None else 0
+    read = shared | {"data": shared["data"] | _keys_of_rows(before, section)}
+    stage = make_stage(read, section, place)
+    if not has_columns(stage.config.data, stage.config.train.loss):
+        stage = make_stage(shared, section, place)
+    return stage if fork is None else replace(stage, fork=str(address))
 
 
-def _warn_of_open_keys(last: OpenState, keys: Mapping[str, Any]) -> None:
-    """Warn of keys that the stage before sets, and that a new one neither inherits nor sets."""
-    if left_out := not_inherited(last.config(), keys):
+def _keys_of_rows(before: RunConfig, section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys by which a stage read its rows, unless a new section sets one of them."""
+    own = section_of(section, "data")
+    if any(key in own for key in ("fields", "format", "task")):
+        return {}
+    keys = {"fields": dict(before.data.fields), "format": before.data.format}
+    default = {"fields": {}, "format": "auto"}
+    return {key: value for key, value in keys.items() if value != default[key]}
+
+
+def _tell_inherited(last: OpenState, keys: Mapping[str, Any], stage: Stage) -> None:
+    """Log how rows are read as in the stage before, and its keys that are neither taken nor set."""
+    before, data = last.config(), section_of(keys, "data")
+    new = stage.config.data
+    rows = _keys_of_rows(before, keys)
+    if rows and all(getattr(new, key) == getattr(before.data, key) for key in rows):
+        shown = ", ".join(f"data.{key} {_shown(value)}" for key, value in rows.items())
+        logger.warning("stage %s reads its rows as %s: %s", keys["name"], last.key, shown)
+        data |= rows
+    if left_out := not_inherited(before, {**keys, "data": data}):
         names = (keys["name"], ", ".join(left_out), last.key)
         logger.warning("stage %s does not inherit %s from %s", *names)
+
+
+def _shown(value: str | Mapping[str, str]) -> str:
+    """Return a value as it is written on the command line."""
+    if isinstance(value, str):
+        return value
+    return f"'{{{', '.join(f'{field}: {column}' for field, column in value.items())}}}'"
 
 
 def _begun(head: OpenState, name: str, required: OpenState | None) -> OpenState | None:

@@ -145,6 +145,7 @@ def _with_stage(
     plan = _with_undone(stage, history, head)
     names, how = _below(stage, plan, history, head) if not is_beside else ((), None)
     new = stage_of(stage.name, stage.config, names, how)
+    new = new.model_copy(update={"default_length": stage.default_length})
     _need_free(history, new, head)
     plan = plan.with_stage(new)
     if not names:
@@ -262,7 +263,7 @@ def _with_length(stage: Stage, begun: OpenState | None) -> Stage:
     config = stage.config.model_copy(update={"chain": chain.model_copy(update=length)})
     if begun is None:
         _tell_length(stage.name, config)
-    return replace(stage, config=config)
+    return replace(stage, config=config, default_length=True)
 
 
 def default_epochs(data: DataConfig) -> float:

@@ -21,25 +21,24 @@ from pathlib import Path
 
 from chainlora import files
 from chainlora.config.schema import RunConfig
-from chainlora.errors import ChainLoRAError, RunError, StoppedError
+from chainlora.errors import ChainLoRAError, FileError, RunError, StoppedError
 from chainlora.evaluation.combination import build_combination, summary_of
 from chainlora.evaluation.stage_scores import Progress
 from chainlora.evaluation.start_rows import build_start
 from chainlora.runs.adding import build_import
 from chainlora.runs.addresses import begun_stage, state_at
 from chainlora.runs.declaring import config_of, write_plan
-from chainlora.runs.draft import DRAFT, ended_leftovers
+from chainlora.runs.draft import drafts_in, ended_leftovers
 from chainlora.runs.entries import BASE, Due, Entry
 from chainlora.runs.history import History
 from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.keys import Made
 from chainlora.runs.loading_start import NOTHING, Start, start_at
-from chainlora.runs.locks import writing
+from chainlora.runs.locks import Scratch, writing
 from chainlora.runs.open_base import OpenBase
-from chainlora.runs.paths import exists_in, stage_folder
+from chainlora.runs.paths import exists_in
 from chainlora.runs.pruning import purge
 from chainlora.runs.resuming import not_named
-from chainlora.runs.work import Work
 from chainlora.training.events import EntryBuilt, KeptRowsRead, LayerSolved, Listener, StageBegins
 from chainlora.training.interrupts import stop_requested
 from chainlora.training.loop import Loop, train_stage, tuned
@@ -122,10 +121,10 @@ def _tell_dropped(run: Path, before: History, after: History) -> None:
 def with_base(change: Change, base: OpenBase | None) -> History:
     """Return the history of a change; that of a new run gets facts of the base."""
     history = change.history
-    if history.base.files is not None or base is None or not change.stages:
+    if history.base.files is not None or base is None or not change.configs:
         return history
     # they are unknown when a new run is planned, because the base is opened later
-    first = change.stages[0].stage.config
+    first = next(iter(change.configs.values()))
     facts = {"files": base.files, "dtype": first.train.dtype, "quantize": first.quantize}
     return history.model_copy(update={"base": history.base.model_copy(update=facts)})
 
@@ -151,8 +150,8 @@ def settled(run: Path, history: History) -> History:
             return history
         earlier = {stage.identity for stage in history.plan(version.before).stages}
         new = [stage for stage in history.plan().stages if stage.identity not in earlier]
-        has_begun = (stage_folder(run, stage.name) / DRAFT for stage in new)
-        if any(history.find(stage.name) for stage in new) or any(p.is_file() for p in has_begun):
+        names = {stage.name for stage in new}
+        if any(history.find(name) for name in names) or names & drafts_in(run, history).keys():
             return history
         history = history.dropped()
     return history
@@ -166,8 +165,10 @@ def reconcile(
     for planned in (planned for planned in change.stages if planned.state == "finished"):
         is_beside = bool(planned.stage.beside)
         listener(StageBegins(planned.step, planned.name, planned.state, is_beside))
-    for name in {path.parent.name for path in ended_leftovers(run, read_history(run))}:
-        Work(run, name, writes=is_first_launched()).tidy()
+    if is_first_launched():
+        with suppress(FileError):  # the disk is read-only
+            for folder in {path.parent for path in ended_leftovers(run, read_history(run))}:
+                Scratch(run, folder).remove_passing()
     while (due := next_due(read_history(run))) is not None:
         began = time.monotonic()
         if due.kind == "stage" or is_first_launched():

@@ -6,7 +6,6 @@ in rows or weights are refused later, by `training.setup`.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,9 @@ from chainlora.config.schema import PAIR_LOSSES, LinkConfig, RunConfig, StartDat
 from chainlora.config.staging import Stage
 from chainlora.data.division import can_read_again
 from chainlora.data.kept import keeps_general
+from chainlora.data.row_warnings import without_warnings
 from chainlora.data.splits import (
+    Splits,
     check_metric,
     learned_by,
     length_limit,
@@ -121,24 +122,20 @@ def _check_config(config: RunConfig, base: OpenBase, is_new: bool) -> None:
             check_targets(base.skeleton, link)
 
 
-def check_rows(config: RunConfig, base: OpenBase, tokenizer: Path | None) -> None:
-    """Raise DataError or ConfigError for rows that a stage cannot be trained on.
+def check_rows(config: RunConfig, base: OpenBase, tokenizer: Path | None) -> Splits | None:
+    """Return the rows of a stage. Raise DataError or ConfigError for rows that it cannot learn.
 
     They are read as the stage will read them, but for rows that earlier stages keep. Warnings wait
     until it begins. One of several processes does not wait for the others, so they leave it out.
     """
     if num_launched() > 1:
-        return
+        return None
     data = config.data.model_copy(update={"replay": None, "new_rows_only": False})
-    rows = logging.getLogger("chainlora")
-    level = rows.level
-    rows.setLevel(logging.ERROR)
-    try:
+    with without_warnings():
         own, loss = base.tokenizer(tokenizer), config.train.loss
         splits = prepare_splits(data, own, base.context, loss=loss, compare=False)
         make_batches(config, splits.train, splits.mixture)
-    finally:
-        rows.setLevel(level)
+    return splits
 
 
 def _check_trackers(config: RunConfig) -> None:

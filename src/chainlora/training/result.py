@@ -17,9 +17,7 @@ from chainlora.evaluation.metrics import INDEX_METRICS, is_higher_better, majori
 from chainlora.runs.addresses import begun_stage
 from chainlora.runs.costs import hardware, num_trained, peak_memory_mb, versions
 from chainlora.runs.draft import Best
-from chainlora.runs.work import Work
 from chainlora.training.events import Evaluated, Scored
-from chainlora.training.processes import is_first_launched
 from chainlora.training.run import Run
 
 RESULT_FORMAT = 1  # of result.json
@@ -161,8 +159,7 @@ def finish(run: Run) -> TrainResult:
 
 
 def result_of(config: RunConfig, stage: str) -> TrainResult:
-    """Return the checked result of a finished stage, and delete leftovers of its training."""
-    Work(config.output or "", stage, writes=is_first_launched()).tidy()
+    """Return the checked result of a finished stage."""
     finished = begun_stage(Path(config.output or ""), stage)
     assert finished is not None
     return cast(TrainResult, finished.result())

@@ -32,11 +32,10 @@ from chainlora.models.quantizing import is_quantized_model
 from chainlora.runs.addresses import state_at
 from chainlora.runs.draft import Progress
 from chainlora.runs.entries import RESULT
-from chainlora.runs.history_file import read_history
+from chainlora.runs.history_file import folder_in, read_history
 from chainlora.runs.loading_start import NOTHING, Start, fitted
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import noted_base
-from chainlora.runs.paths import stage_folder
 from chainlora.runs.state import OpenState
 from chainlora.runs.work import Work
 from chainlora.training.batches import make_batches
@@ -184,17 +183,27 @@ def _read_rows(setup: _Setup, tokenizer: Any, context: int, earlier: dict[str, K
         compare=is_compared,
     )
     if is_compared:
-        others = earlier if setup.work is None else _kept_beside(setup.work.run, stage)
-        warn_of_changed(stage, splits.own, others, tokenizer, data.keep_conflicts)
+        both = (earlier, {}) if setup.work is None else _kept_beside(setup.work.run, stage)
+        for others, are_later in zip(both, (False, True), strict=True):
+            keeps = data.keep_conflicts
+            warn_of_changed(stage, splits.own, others, tokenizer, keeps, are_later=are_later)
     return splits
 
 
-def _kept_beside(run: Path, stage: str) -> dict[str, Kept]:
-    """Return the kept rows of all stages that a new stage is trained on or combined with."""
+def _kept_beside(run: Path, stage: str) -> tuple[dict[str, Kept], dict[str, Kept]]:
+    """Return the kept rows of all stages that a new stage is trained on or combined with.
+
+    First those of earlier stages in the plan, then those of later ones.
+    """
     history = read_history(run)
     others = [name for name in history.plan().active if history.find(name) is not None]
     kept = state_at(run, history).kept(others) if others else {}
-    return {name: rows for name, rows in kept.items() if name != stage}
+    names = history.plan().names
+    later = names[names.index(stage) + 1 :]
+    return (
+        {name: rows for name, rows in kept.items() if name != stage and name not in later},
+        {name: rows for name, rows in kept.items() if name in later},
+    )
 
 
 def _put_chain_on(base: OpenBase, config: RunConfig, processes: Processes) -> Chain:
@@ -232,10 +241,11 @@ def _check(config: RunConfig, model: nn.Module, splits: Splits) -> None:
 def _make_accelerator(config: RunConfig, stage: str) -> Accelerator:
     """Return the accelerator of a run, whose trackers write to the stage's folder."""
     with finding_each_other():
+        folder = config.output and folder_in(Path(config.output), stage)
         return Accelerator(
             cpu=num_launched() > 1 and not torch.accelerator.is_available(),
             log_with=list(config.train.trackers) or None,
-            project_dir=config.output and str(stage_folder(Path(config.output), stage)),
+            project_dir=folder and str(folder),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
 

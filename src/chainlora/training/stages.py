@@ -4,7 +4,7 @@ Every call takes three steps:
 1. change: `make_plan`, `addition` or `edited` make a new version of the run's plan, and refuse bad
    input before anything is written;
 2. `reconcile.carry_out` writes the version and computes what it lacks;
-3. `_score` scores kept rows in the new states.
+3. `score` scores kept rows in the new states.
 
 Repeat a call that was stopped: it makes no new version and computes only what is missing.
 Design: docs/decisions/0043-a-plan-and-its-products.md.
@@ -103,7 +103,7 @@ def train(
         stages = make_stages(with_begun(config))
         return _train_last(stages, listener, progress)
     checked = check_alone(config if isinstance(config, RunConfig) else make_config(config))
-    with _with_progress(listener, progress) as shown:
+    with with_progress(listener, progress) as shown:
         result = train_run(checked, resume=resume, listener=shown)
     return cast(TrainResult, Shown(result))
 
@@ -124,8 +124,9 @@ def extend(
         stage: a mapping, or the path of a YAML file, with `name` and the sections data, chain and
             train. The path of a file of rows is enough: its name becomes the name of the stage,
             and the number of rows gives the length. Other open keys are inherited from the stage
-            before. Rows, ranks, lengths and the choice of the best point are not inherited; a
-            warning names them. With `output`, the stage becomes a fork that begins on `run`.
+            before, data.fields and data.format if the rows have these columns. Rows, ranks,
+            lengths and the choice of the best point are not inherited; a warning names them. With
+            `output`, the stage becomes a fork that begins on `run`.
         beside: train the stage on the run's origin, then combine it with the head (`combine`).
             False: train it on the state that `run` names. By default answers are trained beside
             the others; pairs, and every stage if `run` names a state, on top.
@@ -198,10 +199,10 @@ def add(
         rule, got = "an adapter's rows are given once", f"data.{min(both)} and rows"
         raise ConfigError(rule, got, "leave one out")
     keys["data"] = own | dict(data)
-    with _with_progress(listener, progress) as shown, writing(split_address(run)[0]):
+    with with_progress(listener, progress) as shown, writing(split_address(run)[0]):
         plan = addition(run, adapter, name, keys)
         base = base_of(plan.stages[0].stage.config)
-        _build_and_score(plan, shown, base, max_forgetting)
+        build_and_score(plan, shown, base, max_forgetting)
     return open_run(plan.run)
 
 
@@ -212,7 +213,7 @@ def _train_last(
     max_forgetting: float | None = None,
 ) -> TrainResult:
     """Train the new stages and return the result of the last one."""
-    with _with_progress(listener, progress) as shown:
+    with with_progress(listener, progress) as shown:
         results = train_stages(stages, listener=shown, max_forgetting=max_forgetting)
     last = results[len(stages) - 1]
     result = last or result_of(stages[-1].config, stages[-1].name)
@@ -220,7 +221,7 @@ def _train_last(
 
 
 @contextmanager
-def _with_progress(listener: Listener | None, progress: bool | None) -> Iterator[Listener]:
+def with_progress(listener: Listener | None, progress: bool | None) -> Iterator[Listener]:
     """Yield a listener that also shows progress, in the first process, unless it is off."""
     is_shown = (listener is None) if progress is None else progress
     is_shown &= is_first_launched()
@@ -257,12 +258,12 @@ def train_stages(
     listener, base = listener or _ignore, base or base_of(stages[0].config)
     with _held(stages[0].config):
         plan = make_plan(stages, base=base)
-        results = _build_and_score(plan, listener, base, max_forgetting, matrix)
+        results = build_and_score(plan, listener, base, max_forgetting, matrix)
     names = [stage.name for stage in stages]
     return [*map(results.get, names), *(r for key, r in results.items() if key not in names)]
 
 
-def _build_and_score(
+def build_and_score(
     change: Change,
     listener: Listener,
     base: OpenBase | None,
@@ -277,7 +278,7 @@ def _build_and_score(
         need_scored_rows(run, before, max_forgetting)
     results = carry_out(change, listener, base=base, loop=loop)
     if matrix:
-        _score(run, listener, base)
+        score(run, listener, base)
     if max_forgetting is not None and is_first_launched():
         names = [planned.name for planned in change.stages]
         if held := check_forgetting(run, names, max_forgetting, reader(listener), base):
@@ -319,7 +320,7 @@ def train_run(
         plan = make_plan([Stage(stage, config)], resume=resume, base=base)
         if config.output is None:
             return train_stage(stage, config, NOTHING, listener, base=base, loop=loop)
-        result = _build_and_score(plan, without_stages, base, loop=loop).get(stage)
+        result = build_and_score(plan, without_stages, base, loop=loop).get(stage)
     if result is None:
         result = result_of(config, stage)
         listener(AlreadyFinished(result["steps"], str(config.output)))
@@ -369,7 +370,7 @@ def combine(
     if output is None:
         with writing(folder):
             history = settled(folder, read_history(folder))
-            _need_idle(folder, history, "combine")
+            need_idle(folder, history, "combine")
             carry_out(Change(folder, edited(folder, history, names, **how)), listener, base=base)
         return open_run(folder)
     target = empty_folder(output)
@@ -402,7 +403,7 @@ def _telling(progress: Progress) -> Listener:
     return listener
 
 
-def _need_idle(run: Path, history: History, verb: str) -> None:
+def need_idle(run: Path, history: History, verb: str) -> None:
     """Raise RunError while a stage is in training."""
     if drafts := drafts_in(run, history):
         name, place = next(iter(drafts)), shlex.quote(str(run))
@@ -431,7 +432,7 @@ def prune(run: str | Path, name: str, *, listener: Listener | None = None) -> Pr
         drafts = drafts_in(folder, history)
         carry_out(Change(folder, after, pruned=name), listener or _ignore)
         if name in drafts:
-            Scratch(folder, name).undo()
+            Scratch(folder, drafts[name]).undo()
         if not after.versions[after.at].marks:  # else it has been done
             purge(folder, name)
     return pruning
@@ -450,10 +451,10 @@ def build_run(
                 got = f"{', '.join(stage.plugins)} for {stage.name}"
                 raise RunError(rule, got, f"repeat the command that began {stage.name}")
         change = Change(folder, history)
-        return [*_build_and_score(change, listener or _ignore, base).values()]
+        return [*build_and_score(change, listener or _ignore, base).values()]
 
 
-def _score(run: Path, listener: Listener, base: OpenBase | None) -> None:
+def score(run: Path, listener: Listener, base: OpenBase | None) -> None:
     """Score kept rows in all states without a score; warn if general ability fell."""
     if is_first_launched():
         state, place = open_run(run), shlex.quote(str(run))

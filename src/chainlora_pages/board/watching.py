@@ -16,9 +16,9 @@ from chainlora.runs.addresses import begun_stage, open_run, state_at
 from chainlora.runs.changes import MATRIX, has_work
 from chainlora.runs.draft import DRAFT, drafts_in
 from chainlora.runs.entries import RECORDS
-from chainlora.runs.history_file import read_history
+from chainlora.runs.history_file import folder_in, read_history
 from chainlora.runs.locks import is_held
-from chainlora.runs.paths import HISTORY, is_run, split_address, stage_folder
+from chainlora.runs.paths import HISTORY, is_run, split_address
 from chainlora.runs.state import OpenState
 from chainlora_pages.charts import Picture, table_of
 from chainlora_pages.page import (
@@ -72,7 +72,7 @@ def standing_of(run: Path) -> dict[str, str]:
     keys = ("state", "stage", "step", "time left", "training loss", "validation")
     try:
         name = _stages(run)[-1]
-        folder = stage_folder(run, name)
+        folder = folder_in(run, name)
         stamps = [_stamp(path) for path in (run / HISTORY, folder / DRAFT, folder / RECORDS)]
         texts = dict(zip(keys, _standing(run, name, *stamps), strict=True))
     except ChainLoRAError:
@@ -125,7 +125,7 @@ def _details(run: Path) -> list[Section]:
     curves, rates = [], []
     for name in reversed(names):
         head = name if len(names) > 1 else ""
-        blocks = _curves(run, name, _stamp(stage_folder(run, name) / RECORDS))
+        blocks = _curves(run, name, _stamp(folder_in(run, name) / RECORDS))
         rate = [block for block in blocks if isinstance(block, Picture) and block.title == RATE]
         curves.append(Column(head, [block for block in blocks if block not in rate]))
         rates.append(Column(head, rate))

@@ -7,4 +7,10 @@ at `RowEncoder` in encoder.py.
 
 from __future__ import annotations
 
-from chainlora.data.encoding.encoder import Options, RowEncoder, detect_format
+from chainlora.data.encoding.encoder import (
+    FORMATS,
+    Options,
+    RowEncoder,
+    detect_format,
+    with_usual_columns,
+)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from chainlora.config.data import FIELDS_KEY
 from chainlora.config.schema import PAIR_LOSSES
 from chainlora.data.encoding.chat import ChatEncoder
 from chainlora.data.encoding.preference_rows import (
@@ -31,7 +32,7 @@ from chainlora.data.encoding.translated import make_translated
 from chainlora.data.examples import Example, hash_of
 from chainlora.data.readers import bad_row
 from chainlora.data.rows import RowsSummary
-from chainlora.data.sources import Row, where
+from chainlora.data.sources import Row, Source, where
 from chainlora.data.tasks import Task
 from chainlora.errors import DataError
 
@@ -41,6 +42,8 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
 }
 """The fields that a row must have, by format of chainlora."""
+USUAL_COLUMNS = (("question", "answer"), ("input", "target"), ("text", "label"))
+"""Columns of texts that `auto` reads as prompt and completion, if a row has no format's fields."""
 _OR = "shorten it or raise data.max_length, or set data.truncation"
 
 
@@ -99,6 +102,7 @@ class RowEncoder:
         examples = [fitting.example() for draft in drafts for fitting in self._fitted(draft)]
         self.sums["rows"] += len(drafts)
         self.sums["examples"] += len(examples)
+        self.sums["rows_joined"] += sum(d.is_joined and len(d.sequences) == 1 for d in drafts)
         self.sums["tokens"] += sum(len(ids) for e in examples for ids in e.sequences)
         return examples
 
@@ -242,8 +246,27 @@ def detect_format(rows: Sequence[Mapping[str, Any]], objective: str | None = Non
         kind = list if name in ("conversational", "sharegpt") else object
         if all(field in row and isinstance(row[field], kind) for field in fields):
             return name
-    formats = (FORMATS | TRANSLATED).items()
-    known = "; ".join(f"{' + '.join(fields)} ({name})" for name, fields in formats)
+    formats = [(fields, name) for name, fields in (FORMATS | TRANSLATED).items()]
+    formats += [(columns, "completion") for columns in USUAL_COLUMNS]
+    known = "; ".join(f"{' + '.join(fields)} ({name})" for fields, name in formats)
     rule, got = f"rows must have the fields of a format: {known}", ", ".join(map(str, row))
-    remedy = "name them by data.fields, or describe them in a task file"
+    remedy = f"name them by {FIELDS_KEY}, or describe them in a task file"
     raise bad_row(rule, got, where(row), remedy)
+
+
+def with_usual_columns(source: Source, objective: str | None) -> Source:
+    """Return a source whose usual columns, if its first row has some, are prompt and completion.
+
+    The fields of a format come before usual columns; only a `text` with a text as `label` is a
+    prompt. `data.fields` and losses of pairs turn this off.
+    """
+    if source.fields or objective in PAIR_LOSSES:
+        return source
+    row = next(iter(source))
+    formats = [fields for fields in (TRANSLATED | FORMATS).values() if row.keys() >= {*fields}]
+    pairs = USUAL_COLUMNS if not formats else USUAL_COLUMNS[2:] if formats == [("text",)] else ()
+    for columns in pairs:
+        if all(isinstance(row.get(column), str) for column in columns):
+            named = dict(zip(FORMATS["completion"], columns, strict=True))
+            return replace(source, fields=named)
+    return source

@@ -66,10 +66,21 @@ class CompletionEncoder:
             check_start(start, prompt, shown.completion, row.origin)
         content = list(shown) if self.fields is None else [shown.prompt, shown.completion]
         scored = [[(max(start, 1), len(ids))]]
-        return Draft(row, content, [ids], scored, references=shown.references, prompt=alone)
+        draft = Draft(row, content, [ids], scored, references=shown.references, prompt=alone)
+        draft.is_joined = self.fields is not None and _is_joined(shown)
+        return draft
 
     def unread(self, row: Row) -> set[str]:
         return set() if self.fields is None else row.keys() - self.fields
+
+
+def _is_joined(shown: Rendered) -> bool:
+    """Return whether nothing separates a prompt and its completion.
+
+    A prompt that ends like a special token (``<|assistant|>``, ``[/INST]``) has a separator.
+    """
+    end, start = shown.prompt[-1:], shown.completion[:1]
+    return bool(end.strip() and start.strip()) and end not in ">]"
 
 
 def render_rows(rows: Sequence[Row]) -> list[Rendered]:
@@ -83,7 +94,7 @@ def text_of(row: Row, field: str) -> str:
     text = row.get(field)
     if not isinstance(text, str):
         if field not in row:
-            remedy = "add it, or name the field that has it by data.fields"
+            remedy = f"add it, or name its column by --data.fields '{{{field}: COLUMN}}'"
             raise bad_row(f"`{field}` must be given", f"{', '.join(row)}", row.origin, remedy)
         raise bad_row(f"`{field}` must be a text", f"{text!r:.60}", row.origin)
     return text

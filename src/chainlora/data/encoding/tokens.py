@@ -40,6 +40,7 @@ class Draft:
     names: tuple[str, ...] = ()
     prompt: Ids = field(default_factory=list)
     asked: Ids | None = None
+    is_joined: bool = False  # a user's prompt and completion have nothing between them
     prompt_hash: int = 0
     answer_hashes: tuple[int, int] = (0, 0)
 
