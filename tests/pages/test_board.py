@@ -524,6 +524,22 @@ def test_a_stranger_goes_the_whole_way(page, empty, tiny_folder, tmp_path):
     drop("hills")
     train("hills")
     page.wait_for_selector("#now:has-text('birds + hills')")
+    before = open_run(place / "birds").history.find("hills").kept
+    page.get_by_label("Clear").first.click()
+    page.wait_for_selector("#preview", state="hidden")
+    SAID["corrected"] = SAID["hills"].replace("green", "red")
+    drop("corrected")
+    page.get_by_role("button", name="Correct or erase").click()
+    page.click("#data-set input")
+    page.get_by_role("option", name="hills").click()
+    button("Replace its rows").click()
+    page.wait_for_selector("#step:has-text('Corrected.')")
+    page.wait_for_selector("#answers:has-text('red hill')")
+    now = open_run(place / "birds")
+    assert now.history.find(now.stages[-1]).kept != before
+    assert now.stages[0] == "birds"
+    undo(place / "birds")
+    assert open_run(place / "birds").history.find("hills").kept == before
     notice = page.locator("#notices")
     assert "16 prompts have other answers than in birds" in notice.inner_text()
     assert "--" not in notice.inner_text()
@@ -545,7 +561,7 @@ def test_a_stranger_goes_the_whole_way(page, empty, tiny_folder, tmp_path):
     page.wait_for_selector("#outcome:has-text('Exported to')")
     assert (place / "birds-gguf/Modelfile").is_file()
     page.get_by_role("tab", name="Train").click()
-    page.get_by_role("button", name="Correct or erase").click()
+    page.get_by_role("button", name="Correct or erase").click()  # open before the reload
     page.click("#data-set input")
     page.get_by_role("option", name="birds").click()
     button("Take out …").click()

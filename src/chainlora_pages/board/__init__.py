@@ -8,7 +8,7 @@ desk.py       the states of one run, to be asked
 answers.py    a table of questions: the expected answers, and those of two states
 train_tab.py  the tab Train, in Gradio
 ask_tab.py    the tab Ask
-correcting.py the section to take out a data set
+correcting.py the section to replace or take out a data set
 widgets.py    what the tabs share
 app.py        the page, its server and its guard, in Gradio
 """

@@ -172,7 +172,7 @@ def train_tab(
     rows, question, answer, example, preview, menus = _rows_part()
     fields = into, model, name, *_ = _target_part(folder, runs)
     shown, table = _progress_part(trainer)
-    stage, erasing = correcting_part(places, trainer, run)
+    stage, changes = correcting_part(places, trainer, run, rows)
     shown.append(stage)
     _, begin, stop, further, _, dismiss, _, _, finished, _ = shown
     keys: Any = {"show_progress": "hidden"}
@@ -212,7 +212,8 @@ def train_tab(
     began.success(lambda file: _saved(file, str(trainer.run.resolve())), rows, saved, **keys)
     for button, handler in ((stop, end), (further, go_on), (dismiss, hide)):
         button.click(handler, run, shown, **keys)
-    erasing.success(lambda shown: standing(trainer, shown), run, shown)
+    for change in changes:
+        change.success(lambda shown: standing(trainer, shown), run, shown, **keys)
     finished.change(_show_answers(trainer, desk_of), None, table, **keys, **MODEL)
 
     read = [name, example, preview, menus, question, answer]

@@ -34,7 +34,7 @@ from chainlora_pages.board.rows import fields_of, guess, read_upload
 from chainlora_pages.board.watching import AS_BEFORE, NONE, standing_of
 
 UPLOADS = ".uploads"  # the dot keeps `find_runs` from taking it for a run
-_DONE = {"combine": "Combined.", "prune": "Taken out."}  # by command
+_DONE = {"combine": "Combined.", "prune": "Taken out.", "update": "Corrected."}  # by command
 _COMBINING = re.compile(r"combining (?P<parts>.+): (?P<unit>\w+) (?P<at>\d+) of (?P<all>\d+)$")
 _WORK = re.compile(rf"{_COMBINING.pattern}|: (?:trained|combined) in |, \d+ steps|^step +\d")
 _NOTICES = (HARM, CHANGED, "left out", "training rows too", "were cut from")  # texts of warnings
@@ -68,7 +68,7 @@ def command_of(
     name = check_name(name or name_of_rows(rows))
     fields = _checked_fields(Path(rows), columns)
     keys = {"name": name, **settings, "data.fields": json.dumps(fields)}
-    file = _copy_rows(Path(rows), Path(place) if run is None else Path(run).parent)
+    file = copy_rows(Path(rows), Path(place) if run is None else Path(run).parent)
     if run is not None:
         words = ["extend", str(Path(run).resolve()), str(file)]
     else:
@@ -89,7 +89,7 @@ def _checked_fields(rows: Path, columns: tuple[str | None, str | None] | None) -
     return fields
 
 
-def _copy_rows(rows: Path, place: Path) -> Path:
+def copy_rows(rows: Path, place: Path) -> Path:
     """Copy a file of rows below a folder; the copy is named by its name and content."""
     name = f"{name_of_rows(rows)}-{files.sha256(rows)[:8]}{rows.suffix.lower()}"
     path = place.resolve() / UPLOADS / name

@@ -113,7 +113,7 @@ def loss_html(run: Path) -> str:
     """Return the curve of the training loss of the last stage, "" before its first step."""
     try:
         name = _stages(run)[-1]
-        pictures = _curves(run, name, _stamp(stage_folder(run, name) / RECORDS))
+        pictures = _curves(run, name, _stamp(folder_in(run, name) / RECORDS))
     except ChainLoRAError:
         return ""
     losses = [p for p in pictures if isinstance(p, Picture) and p.title == LOSS]
