@@ -47,6 +47,15 @@ class Numbers:
 
 
 @dataclass(frozen=True)
+class Texts:
+    """A table of texts and answers; on a narrow screen its rows are below each other."""
+
+    title: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str | Said]]
+
+
+@dataclass(frozen=True)
 class Listing:
     """The text of a file, folded."""
 
@@ -64,7 +73,7 @@ class Answer:
     stage: str = ""
 
 
-Block = Text | Tiles | Numbers | Listing | Answer | Picture
+Block = Text | Tiles | Numbers | Texts | Listing | Answer | Picture
 
 
 @dataclass(frozen=True)

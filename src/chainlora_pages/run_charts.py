@@ -27,6 +27,7 @@ from chainlora_pages.charts import (
 )
 from chainlora_pages.runs import RunFacts
 
+LOSS = "Loss over the steps"
 RATE = "Learning rate over the steps"
 _MOST_POINTS = 400  # of a curve; a page is about a thousand pixels wide
 
@@ -134,7 +135,7 @@ def _training(records: Sequence[Record]) -> list[Panel]:
     if steps or _with_metric(evals, "loss"):
         draw = partial(_draw_loss, steps=means, evals=evals, label=label)
         note = "in nats; vertical lines are knots"
-        panels.append(Panel("Loss over the steps", note, draw, 3.0))
+        panels.append(Panel(LOSS, note, draw, 3.0))
     if steps:
         draw = partial(_draw_rate, steps=means)
         panels.append(Panel(RATE, "", draw))

@@ -23,15 +23,19 @@ from chainlora import export_adapter, extend, load_run, train
 from chainlora.config.staging import make_stages
 from chainlora.errors import ConfigError, DataError, RunError
 from chainlora.evaluation.generation import Decoding, Speaker
-from chainlora.evaluation.stage_scores import Scorer, stage_matrix
+from chainlora.evaluation.metrics import exact_match
+from chainlora.evaluation.stage_scores import Scorer
 from chainlora.files import checksums
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import undo
 from chainlora.runs.locks import writing
 from chainlora.runs.state import OpenState
 from chainlora.training.stages import train_stages
+from chainlora_pages.board.answers import answers_html
 from chainlora_pages.board.desk import Desk
-from chainlora_pages.board.training import Trainer, command_of
+from chainlora_pages.board.models import model_choices, models_at_hand
+from chainlora_pages.board.rows import fields_of, guess, preview_html, read_upload
+from chainlora_pages.board.training import Trainer, command_of, plain
 from chainlora_pages.board.watching import find_runs, sections_of, standing_of
 from chainlora_pages.page import render_part
 
@@ -80,15 +84,19 @@ def test_any_state_of_a_run_is_asked_scored_and_made_the_run(run, tmp_path):
     named = ("now: after-lakes (birds + hills + lakes)", "lakes", "before: hills (birds + hills)")
     assert list(desk.entries) == [*named, "birds", "base"]
     assert (desk.now.key, desk.before) == ("after-lakes", "hills")
-    matrix, before = {}, checksums(run)
+    before = checksums(run)
     for key in desk.entries.values():
         assert heard(desk, key) == said_by(open_run(f"{run}@{key}"))
-        (matrix[key],) = desk.scores([key])
+    keys = [*desk.entries.values()]
+    asked = desk.replies(keys)
+    assert [each.stage for each in asked] == [
+        s for s in ("birds", "hills", "lakes") for _ in range(6)
+    ]
+    for each in asked:
+        assert each.expected == (SAID | {"lakes": " blue lakes"})[each.stage]
+        for said in each.answers:
+            assert said.is_right == exact_match(said.text, [each.expected])
     assert checksums(run) == before  # nothing that is heard changes the run
-    found = stage_matrix(run)
-    for state, row in zip(found.states, found.grid, strict=True):
-        own = [cell.value for cell in matrix[state]]
-        assert own == pytest.approx([cell.value for cell in row], abs=1e-5)
     desk.export("hills", tmp_path / "hills", "gguf")
     assert (tmp_path / "hills/Modelfile").is_file()
     desk.save("hills")
@@ -97,7 +105,24 @@ def test_any_state_of_a_run_is_asked_scored_and_made_the_run(run, tmp_path):
     undo(run, "base")
     desk.look_again(open_run(run))
     assert desk.before in desk.entries.values()
-    assert [cell.stage for cell in desk.scores(["base"])[0]]
+    assert desk.replies(["base"], "birds")
+
+
+def test_right_answers_are_counted_and_few_are_told(tiny_folder, tmp_path):
+    rows = [{"prompt": f"the cat sat on {n}", "completion": " yes"} for n in range(32)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    keys = {"chain": {"ranks": [8], "steps": [60]}, "train": {"lr": 3e-2}, "start_data": "none"}
+    config = {"model": str(tiny_folder), "output": str(tmp_path / "run"), **keys}
+    train(config | {"data": {"train": str(file)}}, progress=False)
+    desk = Desk(tmp_path / "run")
+    (now,) = desk.now.stages
+    html = answers_html(desk, [("got", now), ("before", "base")], now, has_advice=True)
+    assert html.count("✓ right") == html.count("✗ wrong") == 20
+    assert "20 of 20 right; before 0." in html
+    assert "more epochs" not in html
+    html = answers_html(desk, [("got", "base"), ("before", now)], now, has_advice=True)
+    assert "0 of 20 right; before 20." in html
+    assert "more epochs" in html
 
 
 def test_a_state_is_exported_as_by_command(run, tmp_path):
@@ -146,7 +171,8 @@ def test_where_runs_are_is_read_while_they_train(trained, configure, tmp_path):
     assert "Training was interrupted. Press <strong>Continue" in live
     done = render_part(sections_of({}, runs["done"]))
     assert all(f">{name}</h3>" in done for name in SAID)
-    assert done.index("Loss of every stage after") < done.index("Loss over the steps")
+    assert done.index("Loss over the steps") < done.index("Show stages")  # losses are folded
+    assert "Loss of every stage after" in done
 
 
 def test_a_run_that_is_made_anew_is_shown_and_heard_anew(configure, tmp_path):
@@ -193,7 +219,7 @@ def test_what_is_uploaded_is_rows_and_its_name_stays_in_the_folder(tmp_path, run
     rows = file("My lakes 1.jsonl", row)
     words = command_of(place, rows, model="--x", settings={"chain.ranks": 4, "chain.epochs": None})
     name, copy = "My-lakes-1", Path(words[1])
-    keys = [f"--name={name}", "--chain.ranks=4", "--model=--x"]
+    keys = [f"--name={name}", "--chain.ranks=4", "--data.fields={}", "--model=--x"]
     assert words[2:] == [*keys, f"--output={place / name}"]
     assert copy.read_text() == row
     assert copy.parent == place / ".uploads"
@@ -213,11 +239,66 @@ def test_what_is_uploaded_is_rows_and_its_name_stays_in_the_folder(tmp_path, run
         with pytest.raises(DataError, match=rule):
             command_of(place, file("c.jsonl", text), model="m")
     assert "lineage.json" not in command_of(place, file("lineage.json", f"[{row}]"), model="m")[1]
-    with pytest.raises(ConfigError, match="a new run needs a model"):
+    with pytest.raises(ConfigError, match="A new run needs a model"):
         command_of(place, rows)
-    with pytest.raises(ConfigError, match="training needs a file of rows"):
+    with pytest.raises(ConfigError, match="Training needs a file of rows"):
         command_of(place, None, run=run)  # which has ended
     assert not list(place.glob("[!.]*"))
+
+
+@pytest.mark.parametrize(
+    ("head", "fields"),
+    [
+        ("customer,question,answer", {"prompt": "question", "completion": "answer"}),
+        ("Input,Target", {"prompt": "Input", "completion": "Target"}),
+        ("text,label", {"prompt": "text", "completion": "label"}),
+        ("instruction,output,input", {}),
+        ("prompt,completion", {}),
+        ("text", {}),
+        ("frage,antwort", None),
+    ],
+)
+def test_columns_are_recognised_by_their_names(tmp_path, head, fields):
+    file = tmp_path / "rows.csv"
+    cells = [f"cell {n}" for n in range(head.count(",") + 1)]
+    file.write_text(f"{head}\n{','.join(cells)}\n")
+    upload = read_upload(file)
+    assert all(cell in preview_html(upload, *guess(upload.columns)) for cell in cells)
+    if fields is not None:
+        assert fields_of(upload, *guess(upload.columns)) == fields
+        return
+    with pytest.raises(ConfigError, match=r"Choose the column .* the file has frage, antwort"):
+        fields_of(upload, None, None)
+    assert fields_of(upload, "frage", "antwort") == {"prompt": "frage", "completion": "antwort"}
+    words = command_of(tmp_path, file, columns=("frage", "antwort"), model="m")
+    assert '--data.fields={"prompt": "frage", "completion": "antwort"}' in words
+
+
+def test_messages_for_a_page_have_no_folders_and_options():
+    for text, shown in (
+        ("no run (got none in /root/a/run); chainlora undo /a/b", "no run (got none in run)"),
+        ("a row is bad (got 3 at /tmp/x/b.csv line 3); correct it",
+         "a row is bad (got 3 at b.csv line 3); correct it"),
+        ("1 prompt changed; the newest counts (--keep-conflicts keeps both)",
+         "1 prompt changed; the newest counts"),
+        ("from 9/10 to 17, https://x.org/a", "from 9/10 to 17, https://x.org/a"),
+    ):  # fmt: skip
+        assert plain(text) == shown
+
+
+def test_models_that_need_no_network_come_first(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for name, kind in (("a--model", "LlamaForCausalLM"), ("an--encoder", "BertModel")):
+        folder = tmp_path / f"models--{name}/snapshots/1"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({"architectures": [kind]}))
+        (folder / "model.safetensors").touch()
+    here = models_at_hand()
+    assert "a/model" in here
+    assert "an/encoder" not in here
+    names = [name for _, name in model_choices()]
+    assert names[: len(here)] == here
+    assert all(label.endswith("(download)") for label, name in model_choices() if name not in here)
 
 
 # --- in a browser ---
@@ -259,8 +340,8 @@ def test_pages_that_were_closed_hold_no_model(gradio, run):
         with gradio.Blocks() as page:
             asking.fn(str(shown), "")
         pages.append(page)
-        (score,) = (each.fn for each in page.fns.values() if each.name == "score")
-        assert "Scores of hills (birds + hills) and base" in score("hills", "base")
+        (test,) = (each.fn for each in page.fns.values() if each.name == "test")
+        assert "hills (birds + hills)" in test("hills", "base")
     gc.collect()
     assert sum(type(each) is Scorer for each in gc.get_objects()) == 1
 
@@ -318,7 +399,8 @@ def test_a_person_watches_compares_and_saves(page, served, run):
     page.goto(served)
     page.wait_for_selector(".tiles")
     assert "done" in page.inner_text(".tiles")
-    assert page.locator("svg:has-text('rows of stage')").count() == 1  # the matrix
+    page.get_by_text("For specialists").click()
+    page.wait_for_selector("svg:has-text('rows of stage')")  # the matrix
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.get_by_role("tab", name="Ask").click()
     page.fill("#prompt textarea", PROMPT)
@@ -337,9 +419,9 @@ def test_a_person_watches_compares_and_saves(page, served, run):
     page.wait_for_selector("#chat-Right .bot >> nth=1")
     page.wait_for_function("document.querySelector('#prompt textarea').value === ''")
     page.get_by_role("button", name="Test both").click()
-    page.wait_for_selector("text=Scores of hills (birds + hills) and birds")
-    heads = page.locator("#scores th[scope=col]").all_inner_texts()
-    assert heads == ["rows of", "hills (birds + hills)", "birds", "±"]
+    page.wait_for_selector("#scores table")
+    heads = page.locator("#scores th[scope=col]").all_text_contents()
+    assert heads == ["question", "expected", "hills (birds + hills)", "birds"]
     page.click("#state-Left input")
     page.get_by_role("option", name="base").click()
     page.wait_for_selector("#scores table", state="hidden")  # they were another pair's
@@ -384,21 +466,26 @@ def empty(gradio, tmp_path, monkeypatch) -> Iterator[tuple[str, Path]]:
 
 
 def test_a_stranger_goes_the_whole_way(page, empty, tiny_folder, tmp_path):
-    """Two files in a new folder, asked after each, undone and exported; with general rows."""
+    """Two files in a new folder, asked after each, undone, exported and erased."""
     address, place = empty
     button = lambda name: page.get_by_role("button", name=name, exact=True)  # noqa: E731
     ready = "document.querySelector('#name input, #name textarea').value === '{}'"
 
     def drop(name: str) -> None:
-        lines = [f"the cat sat on {name} {n},{SAID[name]}" for n in range(32)]
-        (tmp_path / f"{name}.csv").write_text("\n".join(["prompt,completion", *lines]))
+        lines = [f"C{n},the cat sat on {n % 16},{SAID[name]}" for n in range(16)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["customer,question,answer", *lines]))
         page.set_input_files("#rows input[type=file]", tmp_path / f"{name}.csv")
         page.wait_for_function(ready.format(name))
 
-    def train() -> None:
-        button("Train").click()
-        page.wait_for_selector("#step:has-text('Training')")
+    def train(name: str) -> None:
+        page.locator("#begin").dblclick()
+        page.wait_for_selector("#begin[disabled]")
+        page.wait_for_selector("#step progress")
         page.wait_for_selector("#step:has-text('Trained.')")
+        page.wait_for_selector(f"#answers:has-text('Answers to the rows of {name}')")
+        page.wait_for_selector("#answers:has-text('of 16 right')")
+        assert page.locator("#answers tbody tr").count() == 16
+        assert page.locator(".toast-body").count() == 0
 
     def ask(count: int = 1) -> None:
         page.get_by_role("tab", name="Ask").click()
@@ -408,26 +495,59 @@ def test_a_stranger_goes_the_whole_way(page, empty, tiny_folder, tmp_path):
             page.wait_for_selector(f"#chat-{side} .bot >> nth={count - 1}", state="attached")
 
     page.goto(address)
+    assert page.inner_text("h1") == "chainlora board"
     button("Train").click()
-    page.wait_for_selector("text=training needs a file of rows")
+    page.wait_for_selector("text=Training needs a file of rows")
     page.locator(".toast-close").click()
     drop("birds")
+    heads = page.locator("#preview th").all_text_contents()
+    assert heads == ["customer (ignored)", "question", "answer"]
+    assert page.locator("#preview tbody tr").count() == 5
+    assert page.input_value("#question input") == "question"
+    assert page.input_value("#answer input") == "answer"
     page.fill("#model input", str(tiny_folder))
     page.keyboard.press("Tab")
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("Rank").fill("4")
-    train()
+    train("birds")
     page.wait_for_selector("#now:has-text('birds')")
     assert [facts.rank for facts in open_run(place / "birds").facts] == [4]
-    ask()
+    page.wait_for_function("document.querySelector('#into input').value === 'birds'")
     page.reload()
+    page.wait_for_selector("#preview table")
+    page.wait_for_function(ready.format("birds"))
+    assert page.input_value("#into input") == "birds"
     ask()
     page.get_by_role("tab", name="Train").click()
+    page.get_by_label("Clear").first.click()
+    page.wait_for_selector("#preview", state="hidden")
     drop("hills")
-    page.click("#into input")
-    page.get_by_role("option", name="birds").click()
-    train()
+    train("hills")
     page.wait_for_selector("#now:has-text('birds + hills')")
+    before = open_run(place / "birds").history.find("hills").kept
+    page.get_by_label("Clear").first.click()
+    page.wait_for_selector("#preview", state="hidden")
+    SAID["corrected"] = SAID["hills"].replace("green", "red")
+    drop("corrected")
+    page.get_by_role("button", name="Correct or erase").click()
+    page.click("#data-set input")
+    page.get_by_role("option", name="hills").click()
+    button("Replace its rows").click()
+    page.wait_for_selector("#step:has-text('Corrected.')")
+    page.wait_for_selector("#answers:has-text('red hill')")
+    now = open_run(place / "birds")
+    assert now.history.find(now.stages[-1]).kept != before
+    assert now.stages[0] == "birds"
+    undo(place / "birds")
+    assert open_run(place / "birds").history.find("hills").kept == before
+    notice = page.locator("#notices")
+    assert "16 prompts have other answers than in birds" in notice.inner_text()
+    assert "--" not in notice.inner_text()
+    button("Dismiss").click()
+    notice.wait_for(state="hidden")
+    page.reload()
+    page.wait_for_selector("#answers:has-text('of 16 right')")
+    assert not notice.is_visible()
     ask()
     button("Undo: hills").click()
     page.wait_for_selector("button:has-text('Redo: hills')")
@@ -440,15 +560,52 @@ def test_a_stranger_goes_the_whole_way(page, empty, tiny_folder, tmp_path):
     button("Export").click()
     page.wait_for_selector("#outcome:has-text('Exported to')")
     assert (place / "birds-gguf/Modelfile").is_file()
+    page.get_by_role("tab", name="Train").click()
+    page.get_by_role("button", name="Correct or erase").click()  # open before the reload
+    page.click("#data-set input")
+    page.get_by_role("option", name="birds").click()
+    button("Take out …").click()
+    page.wait_for_selector("#confirm:has-text('birds will be deleted for good')")
+    button("Keep it").click()
+    page.wait_for_selector("#confirm", state="hidden")
+    assert open_run(place / "birds").history.find("birds") is not None
+    button("Take out …").click()
+    button("Delete it for good").click()
+    page.wait_for_selector("#step:has-text('Taken out.')")
+    assert open_run(place / "birds").history.find("birds") is None
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert page.locator(".bot:has-text('Error')").count() == 0
+
+
+def test_clients_without_a_page_are_answered(empty, trained, tmp_path):
+    """Also about runs that were made after the board was started."""
+    address, place = empty
+    run = shutil.copytree(trained, place / "later")
+
+    def call(name: str, *data: object) -> str:
+        headers = {"Content-Type": "application/json"}
+        url = f"{address}gradio_api/call/{name}"
+        body = json.dumps({"data": data}).encode()
+        with DIRECT.open(urllib.request.Request(url, body, headers), timeout=60) as answer:
+            event = json.load(answer)["event_id"]
+        with DIRECT.open(f"{url}/{event}", timeout=120) as answer:
+            return answer.read().decode()
+
+    answer = call("ask", str(run), PROMPT, "")
+    assert json.dumps(heard(Desk(run), "hills", 32)) in answer
+    assert "event: complete" in call("look", str(run))
+    assert "In use: **birds" in call("look", str(run))
+    outside = str(shutil.copytree(trained, tmp_path / "outside"))
+    for name, data in (("ask", [outside, PROMPT, ""]), ("move", [outside])):
+        assert "event: error" in call(name, *data)
+    assert "outside" not in call("look", outside)
 
 
 def test_only_what_was_uploaded_is_trained_on(empty, tiny_folder, tmp_path):
     address, place = empty
     secret = write_rows(tmp_path / "secret.jsonl", [{"text": "a"}])
     file = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
-    body = {"data": [file, "", str(tiny_folder), "x", "", "", ""]}
+    body = {"data": [file, "", "", "", str(tiny_folder), "x", "", "", ""]}
     headers = {"Content-Type": "application/json"}
     call = f"{address}gradio_api/call/train"
     asked = urllib.request.Request(call, json.dumps(body).encode(), headers)

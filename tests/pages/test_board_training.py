@@ -27,8 +27,9 @@ def test_a_training_is_stopped_and_resumed_and_what_fails_is_said(tmp_path):
     command = command_of(tmp_path, file, model=str(roomy), settings=settings)
     trainer, other = Trainer(), Trainer()
     trainer.start(command)
-    with pytest.raises(RunError, match="only one training can run"):
-        trainer.start(command)
+    trainer.start(command)  # a second click
+    with pytest.raises(RunError, match="only one can run at a time"):
+        trainer.start([*command, "--train.seed=1"])
     while trainer.is_training and not any("step" in line for line in trainer.lines()):
         time.sleep(0.05)
     trainer.stop()
@@ -54,7 +55,7 @@ def test_a_training_is_stopped_and_resumed_and_what_fails_is_said(tmp_path):
     bad = write_rows(tmp_path / "bad.jsonl", [*rows, {"promt": "a"}])
     other.start(command_of(tmp_path, bad, model=str(roomy)), bad.name)
     assert other.wait() == 1
-    assert other.standing.startswith("Not trained. Line 65 of bad.jsonl cannot be read: ")
+    assert other.standing.startswith("Not done. Line 65 of bad.jsonl cannot be read: ")
     trainer.start(command_of(tmp_path, file, model=str(roomy), name="early"))
     trainer.stop()  # before anything was written
     trainer.wait()
@@ -62,7 +63,8 @@ def test_a_training_is_stopped_and_resumed_and_what_fails_is_said(tmp_path):
     assert trainer.offer is None
     trainer.start(command_of(tmp_path, file, model="no/model", name="other"))
     assert trainer.wait() == 1
-    assert trainer.standing == "Not trained:"
+    assert trainer.standing.startswith("Not done. `model` must be")
+    assert str(tmp_path) not in trainer.standing
     assert trainer.lines()[-1].startswith("error: ")
 
 

@@ -22,6 +22,7 @@ from chainlora.errors import DataError
 
 _log = logging.getLogger(__name__)
 
+CHANGED = "other answers than in"  # text of a warning; the board searches for it
 _SCORED = ("validation", "test")
 _WIDTH = 60  # characters of a text that a warning shows
 
@@ -174,9 +175,7 @@ def warn_of_changed(
     newest = "the newest answer counts (--keep-conflicts keeps both)"
     newest = f"those of {stages}, which is later, count" if are_later else newest
     counts = "both count (data.keep_conflicts)" if keeps else newest
-    _log.warning(
-        f"{stage}: {changed.prompts} prompt{have} other answers than in {stages}{shown}; {counts}"
-    )
+    _log.warning(f"{stage}: {changed.prompts} prompt{have} {CHANGED} {stages}{shown}; {counts}")
 
 
 def _shown(tokenizer: Any, tokens: Sequence[int], *, end: bool = False) -> str:

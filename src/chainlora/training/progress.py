@@ -255,13 +255,13 @@ class _Listener:
 
     def _left(self, step: int) -> str:
         """Return the estimated time of the remaining steps and evaluations, "" after few steps."""
-        if len(self.seconds) < min(_ENOUGH, self.total):
+        if step >= self.total or len(self.seconds) < min(_ENOUGH, self.total):
             return ""
         seconds = median(self.seconds) * (self.total - step)
         if self.evaluation_seconds:
             remaining = len(self.evaluations) - bisect_left(self.evaluations, step)
             seconds += median(self.evaluation_seconds) * remaining
-        return f"{_duration(seconds)} left"
+        return f"{_duration(max(seconds, 1))} left"
 
     def _evaluated(self, event: Evaluated) -> None:
         """Print the validation scores, and when they were measured."""

@@ -24,19 +24,27 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
 from chainlora.errors import ChainLoRAError
+from chainlora.evaluation.generation import Decoding
+from chainlora.evaluation.training_rows import answer_limit
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import earlier_of, later_of, redo, undo
 from chainlora.runs.paths import is_run
 from chainlora.runs.state import OpenState
+from chainlora_pages.board.ask_tab import ask_tab
 from chainlora_pages.board.desk import Desk, added, in_use
-from chainlora_pages.board.tabs import ask_tab, choices, standing, targets, told, train_tab
-from chainlora_pages.board.training import Trainer
+from chainlora_pages.board.train_tab import standing, targets, train_tab
+from chainlora_pages.board.training import Trainer, plain
 from chainlora_pages.board.watching import find_runs, sections_of
+from chainlora_pages.board.widgets import MODEL, changing_choice, choices, known_run, told
 from chainlora_pages.page import Section, as_text, part_style, render_part
 
 _SECONDS = 4  # between two reads of the files; unchanged parts are not drawn again
 _NO_RUN = "There is no run yet. Train one."
-_SPECIALISTS = "For specialists: learning rate and links"
+_TITLE = """# chainlora board
+Teach a language model the answers to your questions, one file after another. Each training can be
+undone, erased, and exported.
+"""
+_SPECIALISTS = "For specialists: losses of the data sets, learning rate and links"
 _READING = "Reading the run…"
 _PORTS = range(7860, 7960)
 _LOCAL = ("127.0.0.1", "localhost")
@@ -53,9 +61,16 @@ footer { display: none !important; }
 #now p { margin: 0; }
 input[role=combobox] { padding-right: 2.5rem !important; text-overflow: ellipsis; }
 #scores:not(:has(table)) { display: none; }
-#step .warning { border-left: 4px solid #b7791f; padding-left: 0.7rem; font-weight: 600; }
+#title h1 { margin: 0; }
+#notices p { border-left: 4px solid #b7791f; padding-left: 0.7rem; font-weight: 600; }
+#step progress { appearance: none; border: 0; width: 100%; height: 0.7rem; margin-bottom: 0.8rem;
+  border-radius: 0.35rem; overflow: hidden; background: #8b95a355; }
+#step ::-webkit-progress-bar { background: none; }
+#step ::-webkit-progress-value { background: #2563eb; }
+#step ::-moz-progress-bar { background: #2563eb; }
+#step figure { max-width: 32rem; }
 #example :is(pre, code) { white-space: pre-wrap !important; overflow-wrap: anywhere; }
-#step pre { margin: 0.4rem 0 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 0.8rem; }
+#log pre { margin: 0.4rem 0 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 0.8rem; }
 .chainlora { background: none !important; }
 .chainlora section:first-child h2 { margin-top: 0; }
 """
@@ -157,9 +172,11 @@ def page_of(places: Sequence[str | Path], trainer: Trainer) -> gr.Blocks:
     before = find_runs(places)
     first = next((str(run) for run in before.values()), None)
     folder = next((Path(place) for place in places if not is_run(place)), None)
+    desk_of = _one_desk()
     with gr.Blocks(title="chainlora board", analytics_enabled=False) as blocks:
+        gr.Markdown(_TITLE, elem_id="title")
         several = len(before) > 1
-        run = gr.Dropdown(choices(before), label="Run", visible=several, elem_id="run")
+        run = changing_choice(choices(before), label="Run", visible=several, elem_id="run")
         version, wanted = gr.State(""), gr.State(None)
         with gr.Row():
             with gr.Column(min_width=280):
@@ -168,21 +185,22 @@ def page_of(places: Sequence[str | Path], trainer: Trainer) -> gr.Blocks:
             forth = gr.Button("Redo", size="sm", min_width=90, scale=0, visible=bool(first))
         with gr.Tabs(selected="watch" if first else "train"):
             with gr.Tab("Train", id="train"):
-                widgets = train_tab(trainer, folder, before, run, wanted)
+                widgets, restoring = train_tab(trainer, places, folder, run, wanted, desk_of)
             with gr.Tab("Watch", id="watch"):
                 view = gr.HTML(f"<p>{_READING if first else _NO_RUN}</p>", apply_default_css=False)
                 # An accordion of Gradio: a fold in HTML would close on every redraw.
                 with gr.Accordion(_SPECIALISTS, open=False, visible=bool(first)) as fold:
                     more = gr.HTML(apply_default_css=False)
             with gr.Tab("Ask", id="ask", elem_id="ask"):
-                desk_of = _one_desk()
 
                 @gr.render([run, version], triggers=[version.change])
                 def asking(shown: str | None, version: str) -> None:
                     try:
-                        ask_tab(desk_of(shown)) if shown else gr.Markdown(_NO_RUN)
+                        ask_tab(desk_of(known_run(places, shown))) if shown else gr.Markdown(
+                            _NO_RUN
+                        )
                     except ChainLoRAError as error:
-                        gr.Markdown(as_text(f"{error}."))
+                        gr.Markdown(as_text(f"{plain(str(error))}."))
 
         looking: Any = {
             "fn": _look(places, before, folder, trainer),
@@ -191,9 +209,28 @@ def page_of(places: Sequence[str | Path], trainer: Trainer) -> gr.Blocks:
             "show_progress": "hidden",
         }
         for button, change in ((back, undo), (forth, redo)):
-            button.click(told()(_change_handler(change)), run, None).then(**looking)
-        gr.on([blocks.load, run.input, gr.Timer(_SECONDS).tick], **looking)
+            button.click(told()(_change_handler(places, change)), run, None).then(**looking)
+        restoring(blocks.load).then(**looking)
+        gr.on([run.input, gr.Timer(_SECONDS).tick], **looking)
+        gr.api(_answering(places, desk_of), api_name="ask", **MODEL)
     return blocks
+
+
+def _answering(
+    places: Sequence[str | Path], desk_of: Callable[[str], Desk]
+) -> Callable[[str, str, str], str]:
+    """Return the function `ask` of the HTTP API."""
+
+    @told()
+    def ask(run: str, question: str, state: str = "") -> str:
+        """Answer a question in a state of a run, by default the one in use."""
+        desk = desk_of(known_run(places, run))
+        limit = Decoding(max_new_tokens=answer_limit(desk.rows))
+        turns = [{"role": "user", "content": question}]
+        is_chat = desk.rows is not None and desk.rows.is_chat
+        return [*desk.answer(state or desk.now.key, turns, limit, as_chat=is_chat)][-1]
+
+    return ask
 
 
 def _look(
@@ -208,6 +245,9 @@ def _look(
     def look(shown: str | None, wanted: str | None) -> tuple[Any, ...]:
         runs = find_runs(places)
         new = [str(run) for run in runs.values() if wanted and run.resolve() == Path(wanted)]
+        is_gone = shown is not None and not is_run(shown)
+        if shown not in [str(run) for run in runs.values()] and not is_gone:
+            shown = None
         shown = next(iter([*new, *([shown] if shown else map(str, runs.values()))]), None)
         parts = (_NO_RUN, "") if shown is None else _parts(sections_of(runs, Path(shown)))
         pages = (*parts, gr.Accordion(visible=bool(parts[1])))
@@ -215,7 +255,8 @@ def _look(
         if shown is not None and (runs != before or new):
             gone = {} if Path(shown) in runs.values() else {shown: Path(shown)}
             run_choice = gr.Dropdown(choices(runs | gone), value=shown, visible=len(runs) > 1)
-            into = gr.Dropdown(targets(folder, runs))
+            target: Any = {"value": new[0]} if new else {}
+            into = gr.Dropdown(targets(folder, runs), **target)
         training = (into, *standing(trainer, shown))
         return run_choice, None if new else wanted, *pages, *_state_widgets(shown), *training
 
@@ -239,11 +280,13 @@ def _one_desk() -> Callable[[str], Desk]:
     return desk_of
 
 
-def _change_handler(change: Callable[[str], OpenState]) -> Callable[[str], None]:
+def _change_handler(
+    places: Sequence[str | Path], change: Callable[[str], OpenState]
+) -> Callable[[str], None]:
     """Return the event handler for `undo` or `redo`, which shows the new state."""
 
     def move(run: str) -> None:
-        state = change(run)
+        state = change(known_run(places, run))
         gr.Info(f"In use: {escape(in_use(state.history, state.key))}. Nothing was deleted.")
 
     return move

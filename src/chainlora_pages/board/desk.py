@@ -1,4 +1,4 @@
-"""Ask and score the states of a run.
+"""Ask the states of a run.
 
 The base is loaded when it is first needed. Links are carried beside it, so that changing the state
 takes a tenth of a second and no file of the run changes.
@@ -13,19 +13,24 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from chainlora.data.examples import Example
 from chainlora.errors import RunError
+from chainlora.evaluation.answers import Source, answer, prompts_of
 from chainlora.evaluation.generation import Decoding, Message, Speaker
-from chainlora.evaluation.stage_scores import Cell, Scorer
+from chainlora.evaluation.stage_scores import Scorer
 from chainlora.evaluation.training_rows import RowFacts, training_rows
 from chainlora.models.finding import resolve_model
 from chainlora.runs.addresses import open_run
 from chainlora.runs.changes import earlier_of, later_of, undo
-from chainlora.runs.entries import BASE
+from chainlora.runs.entries import BASE, START
 from chainlora.runs.exported import exporter_to
 from chainlora.runs.history import History
 from chainlora.runs.opening import tokenizer_of
 from chainlora.runs.paths import split_address
 from chainlora.runs.state import OpenState
+from chainlora_pages.page import Answer
+
+MOST_ASKED = 20  # rows: each state answers them in seconds to a minute
 
 
 def in_use(history: History, key: str) -> str:
@@ -112,7 +117,8 @@ class Desk:
 
     def prompts(self, count: int) -> list[str]:
         """Return the first kept prompts of each stage."""
-        rows = [row for kept in self.state.kept().values() for row in kept.scored[1][:count]]
+        kept = {key: rows for key, rows in self.state.kept().items() if key != START}
+        rows = [row for stage in kept.values() for row in stage.scored[1][:count]]
         texts = [self.tokenizer.decode(row.prompt, skip_special_tokens=True) for row in rows]
         return list(dict.fromkeys(text for text in texts if text))
 
@@ -142,20 +148,32 @@ class Desk:
                 yield text
             yield speaker.text
 
-    def scores(self, keys: Sequence[str]) -> list[list[Cell]]:
-        """Score the kept rows of each stage in entries. Return a row of cells per entry.
+    def replies(self, keys: Sequence[str], stage: str | None = None) -> list[Answer]:
+        """Answer questions of kept training rows in entries, those of `stage` or of all stages.
 
-        Raises RunError for a run without kept rows.
+        There are at most `MOST_ASKED` rows. Raises RunError for rows without questions.
         """
+        kept = {name: rows for name, rows in self.state.kept().items() if name in self.state.stages}
+        wanted = [stage] if stage in kept else list(kept)
+        count = MOST_ASKED // max(1, min(len(wanted), MOST_ASKED))
+        sources = [
+            Source(name, _in_order(kept[name].train[:count]), kept[name].asked["stop"])
+            for name in wanted[-MOST_ASKED:]
+        ]
+        prompts = prompts_of(sources, self.tokenizer)
+        if not prompts:
+            raise RunError(
+                "There are no questions to ask: the kept rows are texts, or there are none"
+            )
+        said = []
         with self._one_at_a_time:
-            scorer = self._scorer
-            names = {stage: name for name, stage in self.state.columns.items()}
-            stages = [stage for stage in names if stage in scorer.kept]
-            if not stages:
-                rule = "a state is scored on the rows that stages kept"
-                raise RunError(rule, f"none in {self.run}", "train with data.keep_rows: true")
-            grid = [scorer.score(key, self.at(key).state, stages) for key in keys]
-            return [[replace(cell, stage=names[cell.stage]) for cell in row] for row in grid]
+            for key in keys:
+                model = self._scorer.model_at(self.at(key).state)
+                said.append(answer(self.words(key), model, self.tokenizer, prompts, None))
+        return [
+            Answer(prompt.text, prompt.expected, replies, prompt.stage)
+            for prompt, *replies in zip(prompts, *said, strict=True)
+        ]
 
     def save(self, key: str) -> None:
         """Make an entry the run, as `chainlora undo --to` does."""
@@ -165,6 +183,11 @@ class Desk:
     def export(self, key: str, output: str | Path, to: str) -> dict[str, Any]:
         """Export an entry, as `chainlora export` does. The run does not change."""
         return exporter_to(to)(self.at(key), output)
+
+
+def _in_order(rows: Sequence[Example]) -> list[Example]:
+    """Return rows in the order of their file; kept rows are ordered by their hashes."""
+    return sorted(rows, key=lambda row: row.row)
 
 
 def _or_base(state: OpenState) -> OpenState:

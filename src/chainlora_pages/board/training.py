@@ -7,6 +7,7 @@ here, and read only as rows: never as a config, which could name plug-ins.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -20,22 +21,23 @@ from typing import Any, NamedTuple
 from chainlora import files
 from chainlora.config.data import DataConfig
 from chainlora.config.staging import check_name, name_of_rows
-from chainlora.data.readers import is_rows
+from chainlora.data.row_warnings import CHANGED
 from chainlora.data.sources import FileSource
 from chainlora.data.splits import check_files
 from chainlora.errors import ConfigError, DataError, RunError, printable
 from chainlora.evaluation.stage_scores import HARM
 from chainlora.runs.changes import has_work
+from chainlora.runs.entries import START
 from chainlora.runs.history_file import read_history
 from chainlora.runs.paths import is_run
-from chainlora_pages.board.watching import AS_BEFORE
+from chainlora_pages.board.rows import fields_of, guess, read_upload
+from chainlora_pages.board.watching import AS_BEFORE, NONE, standing_of
 
-MODELS = (
-    "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "HuggingFaceTB/SmolLM2-360M-Instruct",
-    "Qwen/Qwen2.5-0.5B-Instruct",
-)
 UPLOADS = ".uploads"  # the dot keeps `find_runs` from taking it for a run
+_DONE = {"combine": "Combined.", "prune": "Taken out.", "update": "Corrected."}  # by command
+_COMBINING = re.compile(r"combining (?P<parts>.+): (?P<unit>\w+) (?P<at>\d+) of (?P<all>\d+)$")
+_WORK = re.compile(rf"{_COMBINING.pattern}|: (?:trained|combined) in |, \d+ steps|^step +\d")
+_NOTICES = (HARM, CHANGED, "left out", "training rows too", "were cut from")  # texts of warnings
 _SHOWN = 1 << 16  # bytes at the end of the log that are read
 
 
@@ -43,6 +45,7 @@ def command_of(
     place: str | Path,
     rows: str | Path | None,
     *,
+    columns: tuple[str | None, str | None] | None = None,
     run: str | Path | None = None,
     model: str | None = None,
     name: str | None = None,
@@ -50,42 +53,48 @@ def command_of(
 ) -> list[str]:
     """Return the arguments of the command that trains on an uploaded file of rows.
 
-    The file is copied; None resumes `run`. `run` gets a new stage; None starts a new run of `model`
+    The file is copied; None resumes `run`. `columns` are those of question and answer, by default
+    recognised by their names. `run` gets a new stage; None starts a new run of `model`
     below `place`. The stage has the name of the file by default, and None in `settings` stands for
     the default of a key. Raises ChainLoRAError like the command line, and for a file that is not
     rows.
     """
     if rows is None:
         if run is None or not has_work(read_history(Path(run))):
-            raise ConfigError("training needs a file of rows", "none", "choose one")
+            raise ConfigError("Training needs a file of rows", remedy="choose one")
         return ["train", str(Path(run).resolve())]
     if run is None and not model:
-        raise ConfigError("a new run needs a model to train", "none", "choose one, or type a name")
+        raise ConfigError("A new run needs a model", remedy="choose one, or type a name")
     name = check_name(name or name_of_rows(rows))
-    keys = {"name": name, **settings}
-    file = _copy_rows(Path(rows), Path(place) if run is None else Path(run).parent)
+    fields = _checked_fields(Path(rows), columns)
+    keys = {"name": name, **settings, "data.fields": json.dumps(fields)}
+    file = copy_rows(Path(rows), Path(place) if run is None else Path(run).parent)
     if run is not None:
         words = ["extend", str(Path(run).resolve()), str(file)]
     else:
-        check_files(DataConfig(train=str(file)), None)
         words = ["train", str(file)]
         keys |= {"model": model, "output": Path(place).resolve() / name}
     return [*words, *(f"--{key}={value}" for key, value in keys.items() if value is not None)]
 
 
-def _copy_rows(rows: Path, place: Path) -> Path:
+def _checked_fields(rows: Path, columns: tuple[str | None, str | None] | None) -> dict[str, str]:
+    """Return `data.fields` for a file. Raises ChainLoRAError for a row that cannot be read."""
+    try:
+        upload = read_upload(rows)
+        deque(FileSource(rows), maxlen=0)
+        fields = fields_of(upload, *(columns or guess(upload.columns)))
+        check_files(DataConfig(train=str(rows), fields=fields), None)
+    except DataError as error:
+        raise DataError(as_uploaded(str(error), rows, rows.name)) from None
+    return fields
+
+
+def copy_rows(rows: Path, place: Path) -> Path:
     """Copy a file of rows below a folder; the copy is named by its name and content."""
-    if not is_rows(rows):
-        rule = "a file of rows must end in .jsonl, .csv or .parquet, or be a .json of a list"
-        raise DataError(rule, rows.name, "convert it")
     name = f"{name_of_rows(rows)}-{files.sha256(rows)[:8]}{rows.suffix.lower()}"
     path = place.resolve() / UPLOADS / name
     if not path.is_file():
         files.copy_file(rows, path)
-    try:
-        deque(FileSource(path), maxlen=0)  # report a bad row at once
-    except DataError as error:
-        raise DataError(as_uploaded(str(error), path, rows.name)) from None
     return path
 
 
@@ -96,6 +105,22 @@ def as_uploaded(text: str, copy: str | Path, name: str) -> str:
         place = f"{match[1].capitalize()} {match[2]} of {name} cannot be read: "
         text = place + text.removeprefix("error: ").replace(match[0], "")
     return text.replace(str(copy), name)
+
+
+def plain(text: str) -> str:
+    """Return a message for a reader of the page: without folders, options and commands."""
+    text = re.sub(
+        r"(?:(?<=[\s('\"`=:,])|^)(?:\.|~)*(?:/[^/\s'\"`(),;:]+)*/([^/\s'\"`(),;:]+)", r"\1", text
+    )
+    text = re.sub(r" ?\([^()]*(?:--|chainlora )[^()]*\)", "", text)
+    return re.sub(r"[;,.] [^;]*(?:--\w|\bchainlora )[^;]*", "", text)
+
+
+class Work(NamedTuple):
+    """What a command does now, and its share in 0…1, None if it is not known."""
+
+    text: str
+    share: float | None = None
 
 
 class Offer(NamedTuple):
@@ -117,7 +142,7 @@ class Trainer:
         self._child: subprocess.Popen[bytes] | None = None
         self._words: list[str] = []
         self._name = ""
-        self._is_stopping = False
+        self._is_stopping, self._dismissed = False, set[str]()
         self._folder = TemporaryDirectory(prefix="chainlora-", ignore_cleanup_errors=True)
 
     @property
@@ -132,12 +157,15 @@ class Trainer:
     def start(self, words: list[str], name: str = "") -> None:
         """Start a command of chainlora. `name` is the original name of its file of rows.
 
-        Raises RunError if a command is running.
+        Does nothing if this command is running. Raises RunError if another one is.
         """
+        if self.is_training and words == self._words:
+            return  # a second click
         if self.is_training:
-            rule, got = "only one training can run at a time", "another one is running"
-            raise RunError(rule, got, "stop it, or wait for its end")
+            rule = "Another training is running: only one can run at a time"
+            raise RunError(rule, remedy="stop it, or wait for its end")
         self._is_stopping, self._words, self._name = False, words, name
+        self._dismissed.clear()
         # A new session: otherwise Ctrl-C in the terminal of the board would stop it twice. A file,
         # not a pipe: the command continues if the board is killed.
         with self._log.open("wb") as log:
@@ -166,17 +194,57 @@ class Trainer:
             return ""
         status = self._child.poll()
         if status is None:
-            return "Stopping after this step …" if self._is_stopping else "Training …"
+            return "Stopping after this step …" if self._is_stopping else self.work.text
         if status == 0:
-            done = "Combined" if self._words[0] == "combine" else "Trained"
-            return f"{done}. Ask it, or see its curves under Watch."
+            return _DONE.get(self._words[0], "Trained.")
         if self._is_stopped and not self._has_more:
             return "Stopped. Nothing is left to resume: press Train again, or look under Watch."
         if self._is_stopped:
             has_more = is_run(self.run) and read_history(self.run).links
             return f"Stopped and saved.{AS_BEFORE if has_more else ''} Press Continue to resume."
-        bad_rows = [line for line in self.lines() if "cannot be read: " in line]
-        return f"Not trained. {bad_rows[-1]}" if bad_rows else "Not trained:"
+        errors = [line for line in self.lines() if "error: " in line or "cannot be read: " in line]
+        reason = plain(errors[-1].removeprefix("error: ")) if errors else "The log says why."
+        return f"Not done. {reason}"
+
+    @property
+    def work(self) -> Work:
+        """Return the current work of a running command."""
+        lines = [line for line in self.lines(99) if _WORK.search(line)]
+        last = lines[-1] if lines else ""
+        if match := _COMBINING.match(last):
+            parts = " + ".join(part for part in match["parts"].split(" + ") if part != START)
+            text = f"Combining {parts}: {match['unit']} {match['at']} of {match['all']}"
+            return Work(text, int(match["at"]) / int(match["all"]))
+        if "trained in" in last or "combined in" in last or not is_run(self.run):
+            return Work("Finishing …" if last else "Preparing …")
+        facts = standing_of(self.run)
+        step, _, total = facts["step"].replace(",", "").partition(" of ")
+        if facts["state"] != "training" or not total:
+            return Work("Finishing …" if step == total else "Preparing …")
+        left = f", about {facts['time left']} left" if facts["time left"] != NONE else ""
+        return Work(f"Training: step {step} of {total}{left}", int(step) / int(total))
+
+    @property
+    def has_trained(self) -> bool:
+        """Return whether the last command trained on rows."""
+        return self._words[:1] in (["train"], ["extend"])
+
+    @property
+    def finished(self) -> str:
+        """Return a text that is unique to the last command if it has succeeded, else ""."""
+        is_done = self._child is not None and self._child.poll() == 0
+        return f"{self.run} {self._child.pid}" if is_done and self._child else ""
+
+    @property
+    def notices(self) -> list[str]:
+        """Return the warnings of the last command that a user should see, until dismissed."""
+        lines = dict.fromkeys(line.removeprefix("warning: ") for line in self.lines(99))
+        found = [line for line in lines if any(mark in line for mark in _NOTICES)]
+        return [line for line in found if line not in self._dismissed]
+
+    def dismiss(self) -> None:
+        """Hide the present notices of the last command."""
+        self._dismissed |= {*self.notices}
 
     @property
     def _is_stopped(self) -> bool:

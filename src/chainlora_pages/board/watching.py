@@ -21,13 +21,23 @@ from chainlora.runs.locks import is_held
 from chainlora.runs.paths import HISTORY, is_run, split_address
 from chainlora.runs.state import OpenState
 from chainlora_pages.charts import Picture, table_of
-from chainlora_pages.page import Block, Column, Numbers, Section, Text, Tiles, as_text, section
-from chainlora_pages.run_charts import RATE, training_pictures
+from chainlora_pages.page import (
+    Block,
+    Column,
+    Numbers,
+    Section,
+    Text,
+    Tiles,
+    as_text,
+    render_part,
+    section,
+)
+from chainlora_pages.run_charts import LOSS, RATE, training_pictures
 from chainlora_pages.run_report import links_blocks, stage_blocks
 from chainlora_pages.runs import RunFacts, duration, read_state, run_names, score_text
 
 _RECENT = 25  # steps whose median estimates the time left, as on the command line
-_NONE = "–"
+NONE = "–"
 _INTERRUPTED = "Training was interrupted.{} Press **Continue** under Train to resume it."
 AS_BEFORE = " The run has not changed."
 
@@ -46,7 +56,7 @@ def sections_of(runs: Mapping[str, Path], shown: Path) -> list[Section]:
     """Return the progress of each run, and the stages, curves and links of the shown run."""
     rows = [{"run": name, **standing_of(run)} for name, run in runs.items()]
     table = [Numbers(table_of("Progress", rows))] if len(runs) > 1 else []
-    known = [(name, value) for name, value in standing_of(shown).items() if value != _NONE]
+    known = [(name, value) for name, value in standing_of(shown).items() if value != NONE]
     notes = []
     if ("state", "interrupted") in known:
         notes.append(Text(_INTERRUPTED.format(AS_BEFORE * bool(read_history(shown).links))))
@@ -66,12 +76,12 @@ def standing_of(run: Path) -> dict[str, str]:
         stamps = [_stamp(path) for path in (run / HISTORY, folder / DRAFT, folder / RECORDS)]
         texts = dict(zip(keys, _standing(run, name, *stamps), strict=True))
     except ChainLoRAError:
-        return dict.fromkeys(keys, _NONE) | {"state": "cannot be read"}
+        return dict.fromkeys(keys, NONE) | {"state": "cannot be read"}
     if texts["state"] == "done" and has_work(read_history(run)):  # such as a combination
         texts["state"] = "training"
     if texts["state"] == "training" and not is_held(run):
         texts["state"] = "interrupted"
-    return texts if texts["state"] == "training" else texts | {"time left": _NONE}
+    return texts if texts["state"] == "training" else texts | {"time left": NONE}
 
 
 @lru_cache(maxsize=1000)
@@ -93,10 +103,21 @@ def _standing(run: Path, name: str, *stamps: int) -> tuple[str, ...]:
         "done" if is_done else "training",
         name,
         f"{step:,} of {total:,}" if total > step else f"{step:,}",
-        duration(median(recent) * (total - step)) if recent else _NONE,
-        f"{steps[-1]['loss']:.4g}" if steps else _NONE,
-        f"{metric} {score_text(metric, scores[-1])}" if metric and scores else _NONE,
+        duration(median(recent) * (total - step)) if recent and total > step else NONE,
+        f"{steps[-1]['loss']:.4g}" if steps else NONE,
+        f"{metric} {score_text(metric, scores[-1])}" if metric and scores else NONE,
     )
+
+
+def loss_html(run: Path) -> str:
+    """Return the curve of the training loss of the last stage, "" before its first step."""
+    try:
+        name = _stages(run)[-1]
+        pictures = _curves(run, name, _stamp(folder_in(run, name) / RECORDS))
+    except ChainLoRAError:
+        return ""
+    losses = [p for p in pictures if isinstance(p, Picture) and p.title == LOSS]
+    return render_part([section("Progress", *losses)]) if losses else ""
 
 
 def _details(run: Path) -> list[Section]:
@@ -114,8 +135,8 @@ def _details(run: Path) -> list[Section]:
     stamps = (_stamp(run / HISTORY), _stamp(run / MATRIX), state.state.digest, knots)
     links, stages = _links_and_stages(run, last, *stamps)
     return [
-        section("Stages", *stages),
         Section("Training", curves),
+        section("Stages", *stages, is_folded=True),
         Section("Learning rate", rates, is_folded=True),
         section("Links", *links, is_folded=True),
     ]

@@ -1,0 +1,321 @@
+"""The tab Train of the board: rows, target, progress, and answers after the training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.utils import get_upload_folder
+
+from chainlora.config.staging import name_of_rows
+from chainlora.data.sources import SUFFIXES
+from chainlora.errors import ChainLoRAError
+from chainlora.evaluation.stage_scores import HARM
+from chainlora_pages.board.answers import answers_html
+from chainlora_pages.board.correcting import correcting_part, data_sets
+from chainlora_pages.board.desk import Desk
+from chainlora_pages.board.models import model_choices, models_at_hand
+from chainlora_pages.board.rows import guess, preview_html, read_upload
+from chainlora_pages.board.training import Offer, Trainer, command_of, continuing, plain
+from chainlora_pages.board.watching import find_runs, loss_html, standing_of
+from chainlora_pages.board.widgets import MODEL, changing_choice, choices, known_run, told
+
+_ROWS = """
+Each row is one question and the answer that you want. As CSV, which spreadsheets save:
+```
+question,answer
+When do you open?,"Tuesday to Saturday, from 9 to 17."
+Do you repair lamps?,"Yes, for 15 euros."
+```
+The same as JSONL:
+```
+{"question": "When do you open?", "answer": "Tuesday to Saturday, from 9 to 17."}
+{"question": "Do you repair lamps?", "answer": "Yes, for 15 euros."}
+```
+You get a model that answers like your rows. You can try it under Ask, undo it and export it.
+"""
+_ASKING = "<p>The model answers the questions of the rows …</p>"
+_NAMES = ("chain.epochs", "chain.ranks", "train.lr")  # keys of the fields under Settings
+
+
+def targets(folder: Path | None, runs: Mapping[str, Path]) -> list[tuple[str, str]]:
+    """Return the choices for "Train into": the runs and, if there is a folder for it, a new one."""
+    new = [("a new run", "")] if folder is not None else []
+    return [*choices(runs), *new]
+
+
+def standing(trainer: Trainer, shown: str | None = None) -> tuple[Any, ...]:
+    """Return the updates of the widgets of `_progress_part`, for a run that is shown."""
+    is_on, offer = trainer.is_training, _offer(trainer, shown)
+    texts = (_harm_text(n) if HARM in n else plain(n) for n in trainer.notices)
+    notices = "".join(f"<p>⚠ {escape(text)}</p>" for text in texts)
+    log = escape("\n".join(map(plain, trainer.lines())))
+    return (
+        _progress_html(trainer),
+        gr.Button(interactive=not is_on),
+        gr.Button(visible=is_on),
+        gr.Button(offer.label if offer else "Continue", visible=offer is not None),
+        gr.HTML(f'<div role="alert">{notices}</div>', visible=bool(notices)),
+        gr.Button(visible=bool(notices)),
+        gr.Accordion(visible=bool(log)),
+        f"<pre>{log}</pre>",
+        trainer.finished,
+        data_sets(shown),
+    )
+
+
+def _offer(trainer: Trainer, shown: str | None) -> Offer | None:
+    """Return the next step after the last command, or for the shown run if it was interrupted."""
+    if trainer.is_training or trainer.offer:
+        return trainer.offer
+    is_interrupted = shown is not None and standing_of(Path(shown))["state"] == "interrupted"
+    return continuing(shown) if shown and is_interrupted else None
+
+
+def _progress_html(trainer: Trainer) -> str:
+    """Return the progress as a sentence, a bar and, while a command runs, the loss curve."""
+    if not trainer.is_training:
+        return f"<p>{escape(trainer.standing)}</p>" if trainer.standing else ""
+    share = trainer.work.share
+    value = "" if share is None else f' value="{share:.3f}"'
+    bar = f'<progress max="1"{value} aria-label="Progress"></progress>'
+    return f"<p>{escape(trainer.standing)}</p>{bar}{loss_html(trainer.run)}"
+
+
+def _harm_text(harm: str) -> str:
+    """Return the warning of lost general ability in plain words, with its remedy."""
+    can_combine = "chainlora combine" in harm
+    remedy = (
+        "Combine tries to keep both the old abilities and the new answers."
+        if can_combine
+        else "Undo reverts this training."
+    )
+    return (
+        f"The model has lost some of its earlier abilities in this training. {remedy} "
+        f"({harm.partition(':')[0]})"
+    )
+
+
+def _rows_part() -> list[Any]:
+    """Create the file of rows, its preview, and the menus of its columns."""
+    gr.Markdown(f"**Your data**: a file of questions and answers ({', '.join(SUFFIXES)})")
+    keys: Any = {"file_types": [*SUFFIXES], "height": 140, "show_label": False}
+    rows = gr.File(label="Your data", elem_id="rows", **keys)
+    example = gr.Markdown(_ROWS, elem_id="example")
+    preview = gr.HTML(apply_default_css=False, visible=False, elem_id="preview")
+    with gr.Row(visible=False) as menus:
+        keys = {"interactive": True, "min_width": 200}
+        question = changing_choice(label="Column of the questions", elem_id="question", **keys)
+        answer = changing_choice(label="Column of the answers", elem_id="answer", **keys)
+    return [rows, question, answer, example, preview, menus]
+
+
+def _target_part(folder: Path | None, runs: Mapping[str, Path]) -> list[Any]:
+    """Create the fields about the run: target, model, name and settings."""
+    with gr.Row():
+        keys: Any = {"interactive": True, "min_width": 240}
+        first = next(iter(map(str, runs.values())), "")
+        into = changing_choice(
+            targets(folder, runs), value=first, label="Train into", elem_id="into", **keys
+        )
+        model = gr.Dropdown(
+            model_choices(),
+            value=next(iter(models_at_hand()), None),
+            label="Model (or its folder)",
+            allow_custom_value=True,
+            visible=folder is not None and not first,
+            elem_id="model",
+            **keys,
+        )
+        name = gr.Textbox(label="Name", placeholder="Name of the file", elem_id="name")
+    with gr.Accordion("Settings", open=False), gr.Row():
+        # Textboxes, not numbers: Gradio turns an empty number that starts folded into 0.
+        texts = {"Epochs": "automatic", "Rank": "8", "Learning rate": "default"}
+        settings = [gr.Textbox(label=k, placeholder=v, min_width=140) for k, v in texts.items()]
+    return [into, model, name, *settings]
+
+
+def _progress_part(trainer: Trainer) -> tuple[list[Any], Any]:
+    """Create the buttons, notices and progress. Return what `standing` updates, and the answers."""
+    with gr.Row():
+        begin = gr.Button("Train", variant="primary", min_width=120, elem_id="begin")
+        stop = gr.Button("Stop", min_width=120, visible=trainer.is_training, elem_id="stop")
+        further = gr.Button("Continue", min_width=120, visible=False, elem_id="further")
+    step = gr.HTML(elem_id="step")
+    notices = gr.HTML(visible=False, elem_id="notices")
+    dismiss = gr.Button("Dismiss", size="sm", visible=False, elem_id="dismiss")
+    table = gr.HTML(apply_default_css=False, elem_id="answers")
+    with gr.Accordion("Log", open=False, visible=False) as fold:
+        log = gr.HTML(elem_id="log")
+    return [step, begin, stop, further, notices, dismiss, fold, log, gr.State("")], table
+
+
+def train_tab(
+    trainer: Trainer,
+    places: Sequence[str | Path],
+    folder: Path | None,
+    run: Any,
+    wanted: Any,
+    desk_of: Callable[[str], Desk],
+) -> tuple[list[Any], Callable[[Any], Any]]:
+    """Create the tab Train.
+
+    `run` is the shown run; `wanted` becomes the run that a training writes. Returns the widgets
+    that the page updates with `targets` and `standing`, and a function that restores file and
+    target when the page is loaded.
+    """
+    runs = find_runs(places)
+    saved = gr.BrowserState({}, storage_key="chainlora-board", secret="chainlora-board")
+    rows, question, answer, example, preview, menus = _rows_part()
+    fields = into, model, name, *_ = _target_part(folder, runs)
+    shown, table = _progress_part(trainer)
+    stage, changes = correcting_part(places, trainer, run, rows)
+    shown.append(stage)
+    _, begin, stop, further, _, dismiss, _, _, finished, _ = shown
+    keys: Any = {"show_progress": "hidden"}
+
+    @told()
+    def train(
+        file: str | None, asked: str | None, right: str | None, to: str, base: str, called: str,
+        *values: str | None,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        command = command_of(
+            folder or Path(),
+            file,
+            columns=(asked, right) if asked or right else None,
+            run=known_run(places, to) if to else None,
+            model=base,
+            name=_field_text(called),
+            settings=dict(zip(_NAMES, map(_field_text, values), strict=True)),
+        )
+        trainer.start(command, Path(file).name if file else "")
+        return str(trainer.run.resolve()), *standing(trainer, to or None)
+
+    @told()
+    def go_on(shown: str | None) -> tuple[Any, ...]:
+        if offer := _offer(trainer, shown and known_run(places, shown)):
+            trainer.start(offer.words)
+        return standing(trainer, shown)
+
+    def end(shown: str | None) -> tuple[Any, ...]:
+        trainer.stop()
+        return standing(trainer, shown)
+
+    def hide(shown: str | None) -> tuple[Any, ...]:
+        trainer.dismiss()
+        return standing(trainer, shown)
+
+    began = begin.click(train, [rows, question, answer, *fields], [wanted, *shown], **keys)
+    began.success(lambda file: _saved(file, str(trainer.run.resolve())), rows, saved, **keys)
+    for button, handler in ((stop, end), (further, go_on), (dismiss, hide)):
+        button.click(handler, run, shown, **keys)
+    for change in changes:
+        change.success(lambda shown: standing(trainer, shown), run, shown, **keys)
+    finished.change(_show_answers(trainer, desk_of), None, table, **keys, **MODEL)
+
+    read = [name, example, preview, menus, question, answer]
+    rows.upload(told()(_read), rows, read, **keys)
+    rows.clear(_read, rows, read, **keys)
+    gr.on([rows.upload, rows.clear, into.input], _saved, [rows, into], saved, **keys)
+    gr.on(
+        [question.input, answer.input], told()(_preview), [rows, question, answer], preview, **keys
+    )
+    into.change(lambda to: gr.Dropdown(visible=not to and folder is not None), into, model, **keys)
+    run.input(lambda shown: shown, run, into, **keys)
+
+    def restore(kept: Any) -> tuple[Any, ...]:
+        now = find_runs(places)
+        file, to = _restored(kept, now)
+        shown = to or next(iter(map(str, now.values())), None)
+        target = gr.Dropdown(
+            choices=targets(folder, now), value=(shown or "") if to is None else to
+        )
+        # without a kept file, an upload since the page was opened must stay
+        uploaded = (file, *_read(file)) if file else [gr.skip()] * (1 + len(read))
+        return target, shown, *uploaded
+
+    def restoring(load: Any) -> Any:
+        return load(restore, saved, [into, run, rows, *read], **keys)
+
+    return [into, *shown], restoring
+
+
+def _saved(file: str | None, to: str | None) -> dict[str, str | None]:
+    """Return what the browser keeps over a reload."""
+    return {"file": file, "into": to}
+
+
+def _restored(kept: Any, runs: Mapping[str, Path]) -> tuple[str | None, str | None]:
+    """Return file and target that a browser has kept, None for what has gone.
+
+    The value comes from outside: only an uploaded file is accepted.
+    """
+    kept = kept if isinstance(kept, dict) else {}
+    file, to = str(kept.get("file") or ""), kept.get("into")
+    is_upload = Path(file).resolve().is_relative_to(Path(get_upload_folder()).resolve())
+    is_there = bool(file) and is_upload and Path(file).is_file()
+    return file if is_there else None, to if to in ("", *map(str, runs.values())) else None
+
+
+def _read(file: str | None) -> tuple[Any, ...]:
+    """Return the updates after an upload: name, example, preview, and menus of columns."""
+    if not file:
+        empty = gr.Dropdown(choices=[], value=None)
+        return (
+            "",
+            gr.Markdown(visible=True),
+            gr.HTML(visible=False),
+            gr.Row(visible=False),
+            empty,
+            empty,
+        )
+    upload = read_upload(file)
+    asked, right = guess(upload.columns)
+    names = [("(none)", ""), *((name, name) for name in upload.columns)]
+    return (
+        # the folder of an upload says nothing
+        "train" if Path(file).stem == "train" else name_of_rows(file),
+        gr.Markdown(visible=False),
+        gr.HTML(preview_html(upload, asked, right), visible=True),
+        gr.Row(visible=upload.has_pairs),
+        gr.Dropdown(choices=names, value=asked or ""),
+        gr.Dropdown(choices=names, value=right or ""),
+    )
+
+
+def _preview(file: str | None, asked: str | None, right: str | None) -> str:
+    return preview_html(read_upload(file), asked, right) if file else ""
+
+
+def _show_answers(trainer: Trainer, desk_of: Callable[[str], Desk]) -> Callable[[], Iterator[str]]:
+    """Return the event handler that asks the questions of a finished training."""
+    known: dict[str, str] = {}  # of the last command: every open page asks
+
+    def ask_questions() -> Iterator[str]:
+        key = trainer.finished
+        if key and key not in known:
+            yield _ASKING
+            try:
+                text = _answers_of(desk_of(str(trainer.run)), trainer.has_trained)
+            except ChainLoRAError as error:
+                text = f"<p>{escape(plain(str(error)))}</p>"
+            known.clear()
+            known[key] = text
+        yield known.get(key, "")
+
+    return ask_questions
+
+
+def _answers_of(desk: Desk, has_advice: bool) -> str:
+    """Return the answers to the newest rows of a run, now and before."""
+    stages = desk.now.stages
+    states = [("got", desk.now.key), ("before", desk.before)]
+    return answers_html(desk, states, stages[-1] if stages else None, has_advice=has_advice)
+
+
+def _field_text(text: str | None) -> str | None:
+    """Return the text of a field; None if it is empty or was never shown."""
+    return (text or "").strip() or None
