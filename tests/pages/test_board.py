@@ -31,10 +31,10 @@ from chainlora.runs.changes import undo
 from chainlora.runs.locks import writing
 from chainlora.runs.state import OpenState
 from chainlora.training.stages import train_stages
-from chainlora_pages.board.answers import answers_html
 from chainlora_pages.board.desk import Desk
 from chainlora_pages.board.models import model_choices, models_at_hand
-from chainlora_pages.board.rows import fields_of, guess, preview_html, read_upload
+from chainlora_pages.board.previews import fields_of, guess, preview_html, read_upload
+from chainlora_pages.board.right_table import answers_html
 from chainlora_pages.board.training import Trainer, command_of, plain
 from chainlora_pages.board.watching import find_runs, sections_of, standing_of
 from chainlora_pages.page import render_part

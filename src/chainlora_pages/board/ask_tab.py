@@ -11,8 +11,8 @@ import gradio as gr
 
 from chainlora.evaluation.generation import Decoding
 from chainlora.evaluation.training_rows import answer_limit
-from chainlora_pages.board.answers import answers_html
 from chainlora_pages.board.desk import Desk
+from chainlora_pages.board.right_table import answers_html
 from chainlora_pages.board.widgets import MODEL, told
 from chainlora_pages.page import as_text
 

@@ -14,11 +14,11 @@ from chainlora.config.staging import name_of_rows
 from chainlora.data.sources import SUFFIXES
 from chainlora.errors import ChainLoRAError
 from chainlora.evaluation.stage_scores import HARM
-from chainlora_pages.board.answers import answers_html
 from chainlora_pages.board.correcting import correcting_part, data_sets
 from chainlora_pages.board.desk import Desk
 from chainlora_pages.board.models import model_choices, models_at_hand
-from chainlora_pages.board.rows import guess, preview_html, read_upload
+from chainlora_pages.board.previews import guess, preview_html, read_upload
+from chainlora_pages.board.right_table import answers_html
 from chainlora_pages.board.training import Offer, Trainer, command_of, continuing, plain
 from chainlora_pages.board.watching import find_runs, loss_html, standing_of
 from chainlora_pages.board.widgets import MODEL, changing_choice, choices, known_run, told

@@ -30,7 +30,7 @@ from chainlora.runs.changes import has_work
 from chainlora.runs.entries import START
 from chainlora.runs.history_file import read_history
 from chainlora.runs.paths import is_run
-from chainlora_pages.board.rows import fields_of, guess, read_upload
+from chainlora_pages.board.previews import fields_of, guess, read_upload
 from chainlora_pages.board.watching import AS_BEFORE, NONE, standing_of
 
 UPLOADS = ".uploads"  # the dot keeps `find_runs` from taking it for a run
