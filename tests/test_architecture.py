@@ -67,13 +67,13 @@ MORE: dict[str, dict[str, set[str]]] = {
     ),
     "chainlora_pages": modules(
         "config.data config.reading config.schema config.staging config.yaml_text "
-        "data.encoding.encoder data.encoding.tokens data.examples data.readers data.row_warnings data.rows "
-        "data.sources data.splits data.tasks models.finding training.updating "
+        "data.encoding.encoder data.encoding.tokens data.examples data.readers "
+        "data.row_warnings data.rows data.sources data.splits data.tasks models.finding training.updating "
         "data.templates errors evaluation.answers evaluation.generation "
         "evaluation.stage_scores evaluation.training_rows files models.text_config "
         "runs.addresses runs.cards runs.changes runs.draft runs.entries runs.exported "
-        "runs.history runs.history_file runs.inspection runs.locks runs.opening runs.paths runs.pruning "
-        "runs.records runs.state"
+        "runs.history runs.history_file runs.inspection runs.locks runs.opening runs.paths "
+        "runs.pruning runs.records runs.state"
     ),
     "chainlora_lab": {
         "chainlora.config.data": {"DataConfig", "Home"},
