@@ -68,8 +68,8 @@ MORE: dict[str, dict[str, set[str]]] = {
     "chainlora_pages": modules(
         "config.data config.reading config.schema config.staging config.yaml_text "
         "data.encoding.encoder data.encoding.tokens data.examples data.readers "
-        "data.row_warnings data.rows data.sources data.splits data.tasks models.finding training.updating "
-        "data.templates errors evaluation.answers evaluation.generation "
+        "data.row_warnings data.rows data.sources data.splits data.tasks models.finding "
+        "data.templates errors evaluation.answers evaluation.generation training.updating "
         "evaluation.stage_scores evaluation.training_rows files models.text_config "
         "runs.addresses runs.cards runs.changes runs.draft runs.entries runs.exported "
         "runs.history runs.history_file runs.inspection runs.locks runs.opening runs.paths "
