@@ -63,12 +63,12 @@ def checkout(tiny_folder, tmp_path_factory) -> Path:
     return as_a_reader_has_it(tmp_path_factory.mktemp("checkout"), tiny_folder)
 
 
-def test_the_readme_blocks_are_the_example_files_and_short():
-    python, yaml = blocks(README, "python")[0], blocks(README, "yaml")[0]
+def test_the_readme_is_short_and_its_python_is_an_example():
+    python = blocks(README, "python")[0]
     assert python == (ROOT / "examples/minimal.py").read_text(encoding="utf-8")
-    assert yaml == (ROOT / "examples/dates.yaml").read_text(encoding="utf-8")
     assert len(python.splitlines()) <= 15
-    assert len(yaml.splitlines()) <= 10
+    assert len(README.splitlines()) <= 100
+    assert len(README.split()) <= 900
 
 
 def test_the_examples_extend_by_the_command_of_the_readme():
@@ -107,12 +107,31 @@ def test_python_md_has_every_event():
 
 
 def test_the_readme_commands_run_in_order(checkout, monkeypatch, capsys):
+    """And print what is shown, but for answers, which are another model's."""
     monkeypatch.chdir(checkout)
     (session,) = blocks(README, "console")
-    for line in session.splitlines():
-        program, *words = arguments(line.removeprefix("$ "))
-        assert program == "chainlora"
-        assert run(words) == 0, f"{line}: {capsys.readouterr().err}"
+    install, *lines = session.splitlines()
+    assert install.startswith("$ pip install ")
+    said: set[str] = set()
+    for line in lines:
+        if line.startswith("$ "):
+            program, *words = arguments(line.removeprefix("$ "))
+            assert program == "chainlora"
+            assert run(words) == 0, f"{line}: {capsys.readouterr().err}"
+            said = {*capsys.readouterr().out.splitlines()}
+        elif "answered exactly" not in line:
+            assert line in said
+
+
+def test_run_directory_md_has_the_files_of_a_run(checkout, monkeypatch, capsys):
+    monkeypatch.chdir(checkout)
+    for words in (
+        ["train", "examples/dates.yaml"],
+        ["extend", "runs/dates", "examples/times/train.jsonl"],
+        ["report", "runs/dates", "--prompts", "2"],
+        ["export", "runs/dates", "--to", "adapter", "--output", "out/adapter"],
+    ):
+        assert run(words) == 0, capsys.readouterr().err
     page = (ROOT / "docs/run-directory.md").read_text(encoding="utf-8")
     (tree,) = [block for block in blocks(page, "") if block.startswith("runs/dates/\n")]
     run_names, stage_names = (
@@ -128,7 +147,7 @@ def test_the_readme_commands_run_in_order(checkout, monkeypatch, capsys):
 
 
 def test_a_finished_run_is_resumed_by_its_own_config(checkout, monkeypatch):
-    """The command of docs/run-directory.md, after the README's."""
+    """The command of docs/run-directory.md, after those of the test above."""
     monkeypatch.chdir(checkout)
     text = (ROOT / "docs/run-directory.md").read_text(encoding="utf-8")
     (command,) = re.findall(r"^    chainlora (.*)$", text, flags=re.MULTILINE)

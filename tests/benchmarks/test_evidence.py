@@ -128,6 +128,11 @@ SENTENCES: dict[str, list[tuple[str, Callable[[], Iterable[str]]]]] = {  # texts
         ),
         ("per processor second, it is {} times as fast", E.longest),
         (
+            "is {} to {} times as fast as `transformers.Trainer` with PEFT, in {} to {} of its "
+            "memory; with rows of 1,024 tokens or more, at most {} times ([{} comparisons]",
+            E.against_trainer,
+        ),
+        (
             "ran without `gradient_checkpointing`. With it, chainlora takes {} to {} of its "
             "memory at {} to {} times its speed",
             E.checkpointing,
@@ -146,42 +151,28 @@ SENTENCES: dict[str, list[tuple[str, Callable[[], Iterable[str]]]]] = {  # texts
     ],
     "README.md": [
         (
-            "32 of them kept, {} seeds, combined at rank 16 | {} % | {} % (other seeds, no general "
-            "rows) | {} % |",
-            lambda: [*S.layerwise_in_short()[:2], *S.kept_32("replay"), S.layerwise_in_short()[2]],
-        ),
-        (
-            "facts, all rows kept, three seeds ([facts])) | {} % (at rank 16: {} %) | {} % (half "
-            "as many old rows as new ones) | {} % |",
-            lambda: [S.facts_kept(name) for name in ("wide", "combine", "replay", "alone")],
-        ),
-        (
             "over the {} that a stage alone learns, {} | {} % | {} % | {} % |",
-            lambda: F.in_short("ours", "replay", "alone"),
-        ),
-        ("the difference to replay is {} points", lambda: F.compared("replay")[:1]),
-        ("leads `extend` there by {} points", lambda: [F.ahead("all at once")]),
-        (
-            "ends {} % above the base's in the first row and {} % in the last",
-            lambda: S.percent(S.worse(), F.worse()),
+            lambda: F.in_short("all at once", "replay", "ours"),
         ),
         (
-            "on three other seeds ([tables])), {} %, at rank 40",
-            lambda: S.kept_32("all at once"),
+            "facts, all rows kept, three seeds | not run | {} % | {} % |",
+            lambda: [S.facts_kept(name) for name in ("replay", "wide")],
         ),
         (
-            "is {} to {} times as fast as `transformers.Trainer` with PEFT, in {} to {} of its "
-            "memory; with rows of 1,024 tokens or more, at most {} times ([{} comparisons]",
-            E.against_trainer,
+            "each column has other seeds | {} % | {} % | {} % |",
+            lambda: [*S.kept_32("all at once", "replay"), S.layerwise_in_short()[1]],
         ),
-        ("0.5B parameters take [{} GB]) and {} seconds for a row", E.half_a_billion),
         (
-            "With its own `gradient_checkpointing`, against a Trainer without it, chainlora takes "
-            "{} to {} of its memory at {} to {} times its speed",
-            E.checkpointing,
+            "in the first row by {} and {} points",
+            lambda: [F.ahead("all at once"), F.ahead("replay")],
+        ),
+        (
+            "ends {} % above the base's in the first row, {} % in the third",
+            lambda: S.percent(F.worse(), S.worse()),
         ),
         ("takes {} to {} minutes of one processor for two to twelve data sets", E.to_combine),
     ],
+    "docs/install.md": [("| 0.5B | {1} | 57 | {0} GB |", E.half_a_billion)],
     "docs/tutorials/second-data-set.md": [
         ("{} % right after five tasks with", lambda: S.kept_32("on top")),
     ],
