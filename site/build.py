@@ -28,7 +28,7 @@ from chainlora.config.messages import foreign_keys
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 FOLDERS = ("docs", "benchmarks", "examples")  # whose files pages link to
-START = ("Start", "Three uses", "Limits", "Where next")  # sections of the README; others are pages of the site
+START = ("Start", "Three uses", "Limits", "Where next")  # sections of the README; others have pages
 FILES = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE", "CITATION.cff")
 
 
