@@ -96,12 +96,14 @@ def test_rows_that_are_erased_were_never_there(world, tiny_folder, monkeypatch):
     gone = {e.digest for e in read_history(former).entries} - {e.digest for e in now.entries}
     assert len(gone) == 3  # a, its combination with b, the stage on top
     assert verify_certificate(world.run, place, removed) == []
+    removed.write_text(removed.read_text() + removed.read_text())  # rows that were there twice
+    assert verify_certificate(world.run, place, removed) == []
     told = verify_certificate(former, place, removed)
     assert any("rows that a kept hold row 1" in line for line in told)
     assert any("is there again" in line for line in told)
     kept = write_rows(world.folder / "kept.jsonl", [json.loads(rest.splitlines()[0])])
     told = verify_certificate(world.run, place, kept)
-    assert f"{kept}: 1 rows, and 2 were removed" in told
+    assert f"{kept} has 1 different rows, and 2 were removed" in told
     assert any("row 1" in line for line in told if "kept" in line)
     place.write_text(place.read_text().replace('"removed": 2', '"removed": 1'))
     with pytest.raises(RunError, match="changed since it was written"):
@@ -130,6 +132,10 @@ def test_an_update_can_be_undone_pruned_and_erased_later(world):
     assert undo(world.run).state == before
     copy = Path(shutil.copytree(world.run, world.folder / "copy"))
     assert update(world.run).state == new.state  # nothing is trained again
+    former = open_run(f"{world.run}@a-2").state
+    own = section(world.folder / "rows", "c") | {"output": str(world.folder / "fork")}
+    train_on(f"{world.run}@a-2", own, beside=False)
+    assert open_run(f"{world.folder / 'fork'}@a").state == former  # its name there
     prune(world.run, "a-2")
     assert open_run(world.run).verify().state == new.state
     update(copy, purge=True, certificate=world.folder / "certificate.json")
@@ -204,6 +210,12 @@ def test_a_certificate_names_exports_and_lies_outside(world, capsys):
     without_rows(world.a, {3})
     with pytest.raises(RunError, match="outside"):
         update(world.run, purge=True, certificate=world.run / "c.json")
+    with pytest.raises(RunError, match=r"is a \.json file"):
+        update(world.run, purge=True, certificate=world.folder / "c.md")
+    (world.folder / "notes.md").write_text("mine")
+    with pytest.raises(RunError, match=r"notes\.md: it exists"):
+        update(world.run, purge=True, certificate=world.folder / "notes.json")
+    assert cli(["verify", str(world.run)]) == 2  # a run has no checksums of an export
     place = world.folder / "c.json"
     assert cli(["update", str(world.run), "--purge", "--yes", "--certificate", str(place)]) == 0
     assert str(out) in place.read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,10 +15,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from chainlora.config.schema import RunConfig
 from chainlora.engine.engine import Speedups
+from chainlora.evaluation.right_answers import right_answers
 from chainlora.evaluation.stage_scores import StageMatrix, stage_matrix
+from chainlora.runs.open_base import OpenBase
+from chainlora.runs.state import OpenState
 from chainlora.showing import number
 from chainlora.training.progress import OFTEN, Terminal, console_of_bars, console_on_stderr
+from chainlora.training.result import TrainResult
 
 _COLUMNS = ["link", "rank", "steps", "loss", "validation", "‖ΔW‖", "effective rank"]
 _COLUMNS += ["overlap with earlier"]
@@ -184,3 +190,30 @@ def show_matrix(matrix: StageMatrix, *, has_notes: bool = True) -> None:
     """Print a matrix (a row per state, a column per stage) and summaries, if it has scores."""
     if matrix.cells:
         click.echo(str(matrix) if has_notes else matrix.in_lines())
+
+
+def show_right(state: OpenState, stages: Sequence[str], base: OpenBase) -> None:
+    """Print how many of their trained rows a run answers exactly, and where that is few."""
+    for name, (asked, right) in right_answers(state, stages, base=base).items():
+        click.echo(f"{name}: {right} of {asked} trained rows are answered exactly")
+        if 2 * right < asked:
+            remedy = "--chain.epochs 20 trains twice as long as 10, --train.lr 2e-3 faster"
+            click.echo(f"{name}: few are right; in a new run, {remedy}")
+
+
+def show_next(
+    run: str, result: TrainResult, config: RunConfig, state: OpenState, is_chat: bool
+) -> None:
+    has_links, report, scored = bool(result["links"]), f"chainlora report {run}", result["metrics"]
+    extend = "FILE"
+    if config.plugins:
+        extend += f" --plugins {shlex.quote(str([*config.plugins]))}"
+    kind = "adapter" if has_links else "merged"
+    split = "" if "validation" in scored else " --split test"
+    commands = [
+        f"chainlora chat {run}" if is_chat else f"chainlora generate {run} --prompt TEXT",
+        f"chainlora eval {run}{split}; {report}" if scored else report,
+        *([f"chainlora extend {run} {extend}"] if has_links else []),
+        f"chainlora export {run} --to {kind} --output FOLDER",
+    ]
+    click.echo("\n  ".join(["next:", *commands]))

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from chainlora.config.schema import RunConfig
     from chainlora.config.staging import Stage
     from chainlora.runs.open_base import OpenBase
-    from chainlora.runs.state import OpenState
     from chainlora.training.events import Event, Listener
     from chainlora.training.result import TrainResult
 
@@ -209,8 +208,8 @@ def _build(run: str, overrides: Sequence[tuple[str, str]], dry_run: bool, as_jso
         return
     if overrides:
         rule = "`chainlora train RUN` computes what the plan of RUN lacks and takes no keys"
-        got = f"--{overrides[0][0]}"
-        raise ConfigError(rule, got, f"leave it out; chainlora log {shlex.quote(run)} shows it")
+        remedy = "leave it out, or give --model and --output to train RUN on another base"
+        raise ConfigError(rule, f"--{overrides[0][0]}", remedy)
     folder = whole_run(run)
     if dry_run:
         _show_work(folder, as_json)
@@ -376,7 +375,7 @@ def _show_run(
     config: RunConfig, results: Sequence[TrainResult], base: OpenBase, are_stages: bool = False
 ) -> None:
     """Print the links of a finished run, the scores of its new stages, and the next commands."""
-    from chainlora.cli.screen import show_inspection, show_matrix
+    from chainlora.cli.screen import show_inspection, show_matrix, show_next, show_right
     from chainlora.evaluation.stage_scores import columns_after_training, stage_matrix
     from chainlora.evaluation.training_rows import training_rows
     from chainlora.runs.addresses import open_run
@@ -397,39 +396,10 @@ def _show_run(
     state = open_run(run)
     of = columns_after_training(state)
     show_matrix(stage_matrix(run, compute=False, of=of), has_notes=is_verbose())
-    _show_right(state, [result["stage"] for result in results], base)
+    show_right(state, [result["stage"] for result in results], base)
     click.echo(f"run directory {run}")
     rows = training_rows(state, tokenizer_of(state, base))
-    _show_next(shlex.quote(run), results[-1], config, state, rows is not None and rows.is_chat)
-
-
-def _show_right(state: OpenState, stages: Sequence[str], base: OpenBase) -> None:
-    """Print how many of their trained rows a run answers exactly, and where that is few."""
-    from chainlora.evaluation.right_answers import right_answers
-
-    for name, (asked, right) in right_answers(state, stages, base=base).items():
-        click.echo(f"{name}: {right} of {asked} trained rows are answered exactly")
-        if 2 * right < asked:
-            remedy = "--chain.epochs 20 trains twice as long as 10, --train.lr 2e-3 faster"
-            click.echo(f"{name}: few are right; in a new run, {remedy}")
-
-
-def _show_next(
-    run: str, result: TrainResult, config: RunConfig, state: OpenState, is_chat: bool
-) -> None:
-    has_links, report, scored = bool(result["links"]), f"chainlora report {run}", result["metrics"]
-    extend = "FILE"
-    if config.plugins:
-        extend += f" --plugins {shlex.quote(str([*config.plugins]))}"
-    kind = "adapter" if has_links else "merged"
-    split = "" if "validation" in scored else " --split test"
-    commands = [
-        f"chainlora chat {run}" if is_chat else f"chainlora generate {run} --prompt TEXT",
-        f"chainlora eval {run}{split}; {report}" if scored else report,
-        *([f"chainlora extend {run} {extend}"] if has_links else []),
-        f"chainlora export {run} --to {kind} --output FOLDER",
-    ]
-    click.echo("\n  ".join(["next:", *commands]))
+    show_next(shlex.quote(run), results[-1], config, state, rows is not None and rows.is_chat)
 
 
 def _show_plan(stages: Sequence[Stage], as_json: bool) -> None:

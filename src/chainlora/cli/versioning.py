@@ -250,7 +250,6 @@ def _parse_importance(names: Sequence[str]) -> tuple[list[str], dict[str, float]
     metavar="FILE",
     help="With --purge: where to write the certificate.  [default: RUN-certificate.json]",
 )
-@click.option("--plugins", metavar="NAMES", help="Plug-ins that these stages need, with commas.")
 @click.option("--dry-run", is_flag=True, help="Show what would be done, and change nothing.")
 @click.option("--yes", is_flag=True, help="Accept all changed files, and with --purge delete.")
 @verbose_option
@@ -261,7 +260,6 @@ def update(
     rows: str | None,
     purge: bool,
     certificate: str | None,
-    plugins: str | None,
     dry_run: bool,
     yes: bool,
     as_json: bool,
@@ -283,11 +281,11 @@ def update(
     folder = whole_run(run)
     quiet()
     from chainlora.cli.train import with_progress
-    from chainlora.training.updating import certificate_place, plan_update
+    from chainlora.evaluation.certificate import certificate_place
+    from chainlora.training.updating import plan_update
     from chainlora.training.updating import update as update_run
 
-    named = [name for name in (plugins or "").split(",") if name]
-    keys: dict[str, Any] = {"rows": rows, "purge": purge, "plugins": named}
+    keys: dict[str, Any] = {"rows": rows, "purge": purge}
     planned = plan_update(folder, names, **keys)
     if dry_run or not planned.is_due or not (yes or (names and not purge)):
         _show_update(run, planned, as_json)

@@ -11,6 +11,7 @@ import click
 from chainlora.cli.common import (
     check_run_or_model,
     draw,
+    is_run,
     json_option,
     links_option,
     need_run,
@@ -222,6 +223,8 @@ def verify(
     if certificate is not None or rows is not None:
         _verify_certificate(export, run, certificate, rows, as_json)
         return
+    if is_run(export):
+        raise click.UsageError("a run is verified by its certificate: add --certificate FILE")
     if run is not None:
         need_run(run)
     quiet()

@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from chainlora import files
-from chainlora.data.kept import SPLITS, Kept
+from chainlora.data.kept import SPLITS
 from chainlora.data.mixture import example_hashes
 from chainlora.data.row_warnings import without_warnings
 from chainlora.data.sources import find_source
@@ -55,6 +56,9 @@ NOT_SHOWN = (
     "The disk may still hold deleted blocks.",
     "The certificate is not signed: whoever holds the run could write another one.",
 )
+
+
+Hashes = NDArray[np.int64]  # of rows
 
 
 class Counts(Part):
@@ -99,6 +103,16 @@ def _pending(place: Path) -> Path:
     return place.with_name(f"{place.name}.pending")
 
 
+def certificate_place(run: Path, given: str | Path | None) -> Path:
+    """Return where a certificate is written: outside the run, in a ``.json``. Raises RunError."""
+    place = Path(given).expanduser() if given else run.with_name(f"{run.name}-certificate.json")
+    if run.resolve() in place.resolve().parents:
+        raise RunError("a certificate lies outside its run", place, "name another place")
+    if place.suffix != ".json":  # the page beside it ends in .md
+        raise RunError("a certificate is a .json file", place, "name one")
+    return place
+
+
 def begin_certificate(
     place: Path, run: Path, before: History, counts: Mapping[str, Counts], *, again: bool = False
 ) -> None:
@@ -106,8 +120,8 @@ def begin_certificate(
 
     Raises RunError if a certificate is there already.
     """
-    if place.exists():
-        raise RunError(f"Cannot write {place}: it exists. Name another by --certificate.")
+    if taken := [path for path in (place, place.with_suffix(".md")) if path.exists()]:
+        raise RunError(f"Cannot write {taken[0]}: it exists. Name another by --certificate.")
     if again and _pending(place).exists():
         return
     known: dict[str, Any] = {"run": run.resolve().name, "time": now(), "stages": dict(counts)}
@@ -209,11 +223,13 @@ def verify_certificate(
         raise RunError(rule, certificate, "repeat chainlora update --purge")
     differences = [*_other_products(state, document.before, document.after)]
     if rows is not None:
-        removed = sum(counts.removed or 0 for counts in document.stages.values())
-        given = find_source(rows).num_rows()
-        if all(c.removed is not None for c in document.stages.values()) and given != removed:
-            differences.append(f"{rows}: {given} rows, and {removed} were removed")
-        differences += _rows_in(state, Path(rows))
+        read = _encodings(state, rows)
+        removed = [counts.removed for counts in document.stages.values()]
+        given = len(np.unique(read[0]))  # a row that is there twice was counted once
+        if None not in removed and given != sum(map(int, filter(None, removed))):
+            told = " + ".join(map(str, removed))
+            differences.append(f"{rows} has {given} different rows, and {told} were removed")
+        differences += [*_texts_in(state.run, rows), *_hashes_in(state, read, rows)]
     return differences
 
 
@@ -225,56 +241,58 @@ def _other_products(state: OpenState, before: Held, after: Held) -> Iterator[str
         yield f"{run} has no state {after.state}"
     if history.versions[history.at].marks:
         yield f"{run} has not deleted what was marked: chainlora train {run} ends it"
+    now = files.checksums(run)
     for name, digest in after.files.items():
-        if not (run / name).is_file():
+        if name not in now:
             yield f"{name} is gone"
-        elif not files.sha256(run / name).startswith(digest):
+        elif not now[name].startswith(digest):
             yield f"{name} has other bytes"
     former = {name: digest for name, digest in before.files.items() if name not in after.files}
-    gone = {*former.values()} - {*after.files.values()}
-    for path in sorted(path for path in run.rglob("*") if path.is_file()):
-        name = path.relative_to(run).as_posix()
-        if name in former or any(files.sha256(path).startswith(digest) for digest in gone):
+    gone = tuple({*former.values()} - {*after.files.values()})
+    for name, digest in now.items():
+        if name in former or digest.startswith(gone):
             yield f"{name} was deleted, and is there again"
 
 
-def _rows_in(state: OpenState, rows: Path) -> Iterator[str]:
-    """Yield the places of a run that hold a row of a file: as text, as tokens or as a hash."""
-    values = [[str(v) for v in dict(row).values() if len(str(v)) > 3] for row in find_source(rows)]
-    for path in sorted(path for path in state.run.rglob("*") if path.is_file()):
-        content = path.read_bytes()
-        for number, texts in enumerate(values, 1):
-            if texts and all(_is_in(text, content) for text in texts):
-                yield f"{path.relative_to(state.run)} holds the text of row {number} of {rows}"
-    base, tokenizer = OpenBase.of_state(state), state.tokenizer()
-    kept = state.kept([e.key for e in state.history.entries if e.kept is not None])
-    read, error, found = 0, None, dict[tuple[str, int], None]()
+def _encodings(state: OpenState, rows: str | Path) -> list[Hashes]:
+    """Return the hashes of rows, as each stage would read them. Raises DataError if none can."""
+    base, read, error = OpenBase.of_state(state), list[Hashes](), None
     for stage in state.history.plan().stages:
         config = config_of(state.run, stage)
-        update: dict[str, Any] = {"train": str(rows), "validation": None}
-        update |= {"test": None, "replay": None, "new_rows_only": False}
+        update: dict[str, Any] = {"train": str(rows), "validation": None, "test": None}
+        update |= {"replay": None, "new_rows_only": False}
         data = config.data.model_copy(update=update)
         try:
-            own, loss = base.tokenizer(tokenizer), config.train.loss
+            own, loss = base.tokenizer(state.tokenizer()), config.train.loss
             with without_warnings():
                 splits = prepare_splits(data, own, base.context, loss=loss, compare=False)
         except ChainLoRAError as refused:  # such as rows of another stage, with other columns
             error = refused
-            continue
-        read += 1
-        found |= dict.fromkeys(_found_in(kept, example_hashes(splits.own)))
-    for key, number in found:
-        yield f"rows that {key} kept hold row {number + 1} of {rows}"
+        else:
+            read.append(example_hashes(splits.own))
     if not read and error is not None:
         raise error
+    return read
 
 
-def _found_in(kept: Mapping[str, Kept], hashes: np.ndarray) -> Iterator[tuple[str, int]]:
-    """Yield entries and the numbers of the rows, by hashes, that they kept or were trained on."""
-    for key, own in kept.items():
+def _texts_in(run: Path, rows: str | Path) -> Iterator[str]:
+    """Yield the files of a run that hold all texts of a row."""
+    values = [[str(v) for v in dict(row).values() if len(str(v)) > 3] for row in find_source(rows)]
+    for path in sorted(path for path in run.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        for number, texts in enumerate(values, 1):
+            if texts and all(_is_in(text, content) for text in texts):
+                yield f"{path.relative_to(run)} holds the text of row {number} of {rows}"
+
+
+def _hashes_in(state: OpenState, read: Sequence[Hashes], rows: str | Path) -> Iterator[str]:
+    """Yield the entries that kept a row, or were trained on it: as tokens or as a hash."""
+    keys = [entry.key for entry in state.history.entries if entry.kept is not None]
+    for key, own in state.kept(keys).items():
         parts = [own.seen, *(example_hashes(getattr(own, split)) for split in SPLITS)]
-        for number in np.flatnonzero(np.isin(hashes, np.concatenate(parts))):
-            yield key, int(number)
+        held = [np.flatnonzero(np.isin(hashes, np.concatenate(parts))) for hashes in read]
+        for number in np.unique(np.concatenate(held)):
+            yield f"rows that {key} kept hold row {number + 1} of {rows}"
 
 
 def _is_in(text: str, content: bytes) -> bool:

@@ -33,7 +33,7 @@ from chainlora.runs.state import OpenState
 
 def fork_of(state: OpenState) -> History:
     """Return the history of a new run that begins with a state; `fill_fork` copies its files."""
-    history = state.history.only(state.key)
+    history = state.history.only(state.key).named()
     entries = tuple(map(_with_copied_files, history.entries))
     return history.model_copy(update={"base": state.base, "entries": entries, "tokenizer": {}})
 
@@ -88,7 +88,7 @@ def take_in(run: Path, history: History, state: OpenState) -> tuple[History, dic
     their names if these are free; otherwise they get the name of the other run's folder.
     """
     state.verify()
-    other, made = state.history.only(state.key), {e.digest: e.key for e in history.entries}
+    other, made = state.history.only(state.key).named(), {e.digest: e.key for e in history.entries}
     names = {e.key: made[e.digest] for e in other.entries if e.digest in made}
     used = {START, *history.plan().names}
     used |= {name for entry in history.entries for name in (entry.key, entry.place)}

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from chainlora.config.schema import RunConfig
 from chainlora.config.staging import Stage as PlannedStage
@@ -24,7 +23,9 @@ from chainlora.data.splits import named_sources
 from chainlora.errors import ChainLoRAError, RunError
 from chainlora.evaluation.certificate import (
     Counts,
+    Hashes,
     begin_certificate,
+    certificate_place,
     finish_certificate,
 )
 from chainlora.runs.addresses import open_run, state_at
@@ -39,15 +40,13 @@ from chainlora.runs.loading_start import NOTHING
 from chainlora.runs.locks import writing
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.recipes import Stage
-from chainlora.runs.resuming import import_sources, not_named, source_digests
+from chainlora.runs.resuming import import_sources, source_digests
 from chainlora.runs.state import OpenState
 from chainlora.training.events import Listener
 from chainlora.training.plan import default_epochs
 from chainlora.training.reconcile import Change, settled
 from chainlora.training.refusing import StagePlan, check_due, check_rows
 from chainlora.training.stages import build_and_score, need_idle, with_progress
-
-Hashes = NDArray[np.int64]  # of rows, sorted
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,6 @@ class Update:
     missing: Mapping[str, str] = field(default_factory=dict)  # stages whose files are not there
     erased: tuple[str, ...] = ()  # entries that a purge deletes, as they are named now
     counts: Mapping[str, Counts] = field(default_factory=dict)  # of a purge, by stage
-
     minutes: float | None = None  # of training, as long as the stages took before
 
     @property
@@ -96,7 +94,6 @@ def update(
     rows: str | Path | None = None,
     purge: bool = False,
     certificate: str | Path | None = None,
-    plugins: Sequence[str] = (),
     listener: Listener | None = None,
     progress: bool | None = None,
 ) -> OpenState:
@@ -113,7 +110,6 @@ def update(
             back.
         certificate: with `purge`, where to write the certificate, a JSON file outside the run; a
             page for readers is written beside it. By default ``RUN-certificate.json``.
-        plugins: the plug-ins that the stages need; none is run that is not named here.
         listener: see `train`.
         progress: see `train`.
 
@@ -131,7 +127,7 @@ def update(
     place = certificate_place(folder, certificate) if purge else None
     with with_progress(listener, progress) as shown, writing(folder):
         base = OpenBase.of_state(open_run(folder))
-        planned = plan_update(folder, names, rows=rows, purge=purge, plugins=plugins, base=base)
+        planned = plan_update(folder, names, rows=rows, purge=purge, base=base)
         if place is not None and planned.is_due:
             before = settled(folder, read_history(folder))
             is_again = not planned.changed
@@ -142,21 +138,12 @@ def update(
     return open_run(folder)
 
 
-def certificate_place(run: Path, given: str | Path | None) -> Path:
-    """Return where a certificate is written. Raises RunError inside the run."""
-    place = Path(given).expanduser() if given else run.with_name(f"{run.name}-certificate.json")
-    if run.resolve() in place.resolve().parents:
-        raise RunError("a certificate lies outside its run", place, "name another place")
-    return place
-
-
 def plan_update(
     run: Path,
     names: str | Sequence[str] = (),
     *,
     rows: str | Path | None = None,
     purge: bool = False,
-    plugins: Sequence[str] = (),
     base: OpenBase | None = None,
 ) -> Update:
     """Return what `update` would change; write nothing. Raises what `update` raises."""
@@ -169,8 +156,8 @@ def plan_update(
     head = state_at(run, history)
     base = base or OpenBase.of_state(head)
     changed, missing = _found(run, history, names, rows)
-    _need_plugins(run, [each.stage for each in changed], plugins)
     again = _again(run, history, changed)
+    _need_no_plugins([*(each.stage for each in changed), *(stage for stage, _ in again)])
     _check(changed, again, head, base)
     changed = [_with_hashes(each, head, base) for each in changed]
     words = " ".join(["update", *(each.stage.name for each in changed)])
@@ -182,8 +169,7 @@ def plan_update(
         left = {entry.digest for entry in new.erased(new.former).entries}
         erased = tuple(entry.key for entry in history.entries if entry.digest not in left)
         counts = _counts(head, new, changed)
-    configs = {each.stage.name: each.config for each in changed if each.config.plugins}
-    change = Change(run, new, configs=configs)
+    change = Change(run, new)
     above = tuple(stage.name for stage, _ in again)
     minutes = _minutes(head, changed, above)
     return Update(change, tuple(changed), above, missing, erased, counts, minutes)
@@ -285,15 +271,14 @@ def _again(
         found.append((stage, config))
     if missing:
         _refuse_missing(f"update {', '.join(names)}", missing)
-    _need_plugins(run, above, ())
     return found
 
 
-def _need_plugins(run: Path, stages: Sequence[Stage], given: Sequence[str]) -> None:
-    """Raise RunError if a stage needs plug-ins that the call does not name."""
-    needed = [plugin for stage in stages for plugin in stage.plugins if plugin not in given]
-    if needed:
-        raise RunError(not_named(f"update {shlex.quote(str(run))}", needed))
+def _need_no_plugins(stages: Sequence[Stage]) -> None:
+    """Raise RunError for a stage with plug-ins: the run may come from somebody else."""
+    if names := [stage.name for stage in stages if stage.plugins]:
+        rule = f"Cannot update {names[0]}: it was trained with plug-ins, and none is run here"
+        raise RunError(f"{rule}. Prune it, then chainlora extend RUN FILE --plugins NAMES.")
 
 
 def _check(

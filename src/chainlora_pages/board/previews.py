@@ -9,21 +9,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from chainlora.config.data import ROW_FIELDS
-from chainlora.data.encoding.encoder import detect_format
+from chainlora.data.encoding.encoder import USUAL_COLUMNS, detect_format
 from chainlora.data.readers import is_rows
 from chainlora.data.sources import FileSource, Row
 from chainlora.errors import ConfigError, DataError
 from chainlora_pages.page import Texts, render_part, section
 
-PAIRS = (
-    ("question", "answer"),
-    ("instruction", "output"),
-    ("input", "target"),
-    ("text", "label"),
-    ("prompt", "completion"),
-)
-"""Columns that are recognised as question and answer, the first pair wins."""
 _OWN = (("instruction", "output"), ("prompt", "completion"))  # formats, read without data.fields
+PAIRS = (*_OWN, *USUAL_COLUMNS)
+"""Columns that are recognised as question and answer, the first pair wins."""
 _WHOLE = ("messages", "conversations")  # columns with a whole chat
 _ROWS = 5
 _LONGEST = 300  # characters of a cell

@@ -217,6 +217,18 @@ def train_tab(
     finished.change(_show_answers(trainer, desk_of), None, table, **keys, **MODEL)
 
     read = [name, example, preview, menus, question, answer]
+    _wire_rows(rows, read, into, model, folder, saved)
+    run.input(lambda shown: shown, run, into, **keys)
+    restoring = _restoring(places, folder, saved, [into, run, rows, *read])
+    return [into, *shown], restoring
+
+
+def _wire_rows(
+    rows: Any, read: Sequence[Any], into: Any, model: Any, folder: Path | None, saved: Any
+) -> None:
+    """Connect the file of rows to its preview and menus (`_read`), and keep it over a reload."""
+    *_, preview, _, question, answer = read
+    keys: Any = {"show_progress": "hidden"}
     rows.upload(told()(_read), rows, read, **keys)
     rows.clear(_read, rows, read, **keys)
     gr.on([rows.upload, rows.clear, into.input], _saved, [rows, into], saved, **keys)
@@ -224,23 +236,24 @@ def train_tab(
         [question.input, answer.input], told()(_preview), [rows, question, answer], preview, **keys
     )
     into.change(lambda to: gr.Dropdown(visible=not to and folder is not None), into, model, **keys)
-    run.input(lambda shown: shown, run, into, **keys)
+
+
+def _restoring(
+    places: Sequence[str | Path], folder: Path | None, saved: Any, widgets: Sequence[Any]
+) -> Callable[[Any], Any]:
+    """Return a function that restores target, run and file when a page is loaded."""
 
     def restore(kept: Any) -> tuple[Any, ...]:
         now = find_runs(places)
         file, to = _restored(kept, now)
         shown = to or next(iter(map(str, now.values())), None)
-        target = gr.Dropdown(
-            choices=targets(folder, now), value=(shown or "") if to is None else to
-        )
+        value = (shown or "") if to is None else to
+        target = gr.Dropdown(choices=targets(folder, now), value=value)
         # without a kept file, an upload since the page was opened must stay
-        uploaded = (file, *_read(file)) if file else [gr.skip()] * (1 + len(read))
+        uploaded = (file, *_read(file)) if file else [gr.skip()] * (len(widgets) - 2)
         return target, shown, *uploaded
 
-    def restoring(load: Any) -> Any:
-        return load(restore, saved, [into, run, rows, *read], **keys)
-
-    return [into, *shown], restoring
+    return lambda load: load(restore, saved, [*widgets], show_progress="hidden")
 
 
 def _saved(file: str | None, to: str | None) -> dict[str, str | None]:
