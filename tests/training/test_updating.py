@@ -12,7 +12,7 @@ from conftest import write_rows
 from helpers import train_on
 from helpers_stages import begin, section, train_beside
 
-from chainlora import undo, update
+from chainlora import combine, undo, update
 from chainlora.cli.main import run as cli
 from chainlora.errors import RunError
 from chainlora.evaluation.certificate import verify_certificate
@@ -136,6 +136,9 @@ def test_an_update_can_be_undone_pruned_and_erased_later(world):
     own = section(world.folder / "rows", "c") | {"output": str(world.folder / "fork")}
     train_on(f"{world.run}@a-2", own, beside=False)
     assert open_run(f"{world.folder / 'fork'}@a").state == former  # its name there
+    both = combine(world.run, ["b", f"{world.folder / 'fork'}@a"], output=world.folder / "both")
+    taken = combine(both.run, ["b", f"{world.run}@a-2"])
+    assert taken.state == both.state
     prune(world.run, "a-2")
     assert open_run(world.run).verify().state == new.state
     update(copy, purge=True, certificate=world.folder / "certificate.json")

@@ -78,11 +78,11 @@ def edited(
         raise RunError("the steps of a combination must be 0 or more", steps, "leave them out")
     keys, taken = list[str](), list[int]()
     for state in parts:
-        names_of = {state.key: state.key}
+        key = state.key
         if state.run != run:
-            history, names_of = take_in(run, history, state)
+            history, key = take_in(run, history, state)
             taken.append(history.at)
-        keys.append(names_of[state.key])
+        keys.append(key)
     pairs = zip((*keys, START), weights, strict=True)
     known = {key: weight for key, weight in pairs if weight is not None}
     own: Any = {"rank": rank, "importance": known, "general": general, "steps": steps}

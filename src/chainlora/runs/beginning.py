@@ -33,15 +33,15 @@ from chainlora.runs.state import OpenState
 
 def fork_of(state: OpenState) -> History:
     """Return the history of a new run that begins with a state; `fill_fork` copies its files."""
-    history = state.history.only(state.key).named()
+    history = state.history.only(state.key)
     entries = tuple(map(_with_copied_files, history.entries))
-    return history.model_copy(update={"base": state.base, "entries": entries, "tokenizer": {}})
+    return history.model_copy(update={"base": state.base, "entries": entries})
 
 
 def fill_fork(folder: Path, state: OpenState, history: History) -> History:
     """Copy the files of a fork into its folder; return its history with its own tokenizer."""
     copy_files(state.run, folder, history)
-    if (tokenizer := state.tokenizer()) is None:
+    if history.tokenizer or (tokenizer := state.tokenizer()) is None:
         return history
     return history.model_copy(update={"tokenizer": copy_tokenizer(tokenizer, folder)})
 
@@ -80,14 +80,15 @@ def _have_same_tokenizer(own: OpenState, state: OpenState) -> bool:
     return are_same_tokenizers(*map(load_tokenizer, folders))
 
 
-def take_in(run: Path, history: History, state: OpenState) -> tuple[History, dict[str, str]]:
+def take_in(run: Path, history: History, state: OpenState) -> tuple[History, str]:
     """Copy a state of another run and its ancestors into a run.
 
     Returns the history of the run with these entries, and with their stages at the end of its plan;
-    and the new names of the entries. An entry that the run has already is not copied. Others keep
+    and the new name of its entry. An entry that the run has already is not copied. Others keep
     their names if these are free; otherwise they get the name of the other run's folder.
     """
     state.verify()
+    # a former version of a stage has a number behind its name there
     other, made = state.history.only(state.key).named(), {e.digest: e.key for e in history.entries}
     names = {e.key: made[e.digest] for e in other.entries if e.digest in made}
     used = {START, *history.plan().names}
@@ -117,7 +118,8 @@ def take_in(run: Path, history: History, state: OpenState) -> tuple[History, dic
             for link in (*entry.state.links, *entry.tied)
         }
         history = history.added(renamed, facts | history.links)
-    return _with_keys_of(history, {stage.name for stage in stages.values()}), names
+    (own,) = [e.key for e in other.entries if state.entry and e.digest == state.entry.digest]
+    return _with_keys_of(history, {stage.name for stage in stages.values()}), names[own]
 
 
 def _with_keys_of(history: History, names: Collection[str]) -> History:
