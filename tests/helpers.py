@@ -260,7 +260,7 @@ def sign(run: Path, change: Callable[[dict[str, Any]], object] = lambda tree: No
     for digest, link in tree.get("links", {}).items():
         link["files"] = {name: sha256(run / "links" / digest / name) for name in link["files"]}
     for entry in tree.get("entries", ()):
-        folder = stage_dir(run, entry["key"])
+        folder = stage_dir(run, entry.get("folder") or entry["key"])
         entry["files"] = {name: sha256(folder / name) for name in entry.get("files", ())}
     change(tree)
     (run / "history.json").write_text(signed(tree))

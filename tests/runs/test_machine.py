@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,18 @@ from typing import Any
 import pytest
 from faults.injection import Injection
 from faults.lives import live
-from helpers import sign, train_on
-from helpers_stages import section
+from helpers import sign, train_all, train_on
+from helpers_stages import config_of, section
 from hypothesis import HealthCheck, settings, strategies
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
+from chainlora import update
 from chainlora.errors import ChainLoRAError
+from chainlora.evaluation.certificate import verify_certificate
 from chainlora.runs.addresses import open_run, state_at
 from chainlora.runs.changes import has_work, redo, undo
-from chainlora.runs.entries import Entry
+from chainlora.runs.entries import State
+from chainlora.runs.history import History
 from chainlora.runs.history_file import read_history
 from chainlora.runs.hub import pull_run, push_run
 from chainlora.training.stages import build_run, combine, prune
@@ -38,34 +41,63 @@ def die_at_a_stage(event: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def versioned(sentiment: Path, name: str, version: int, **keys: Any) -> dict[str, Any]:
+    """Return a stage on its rows, or (version 1) on all but the third one."""
+    own = section(sentiment, name, **keys)
+    if version:
+        lines = Path(own["data"]["train"]).read_text().splitlines(keepends=True)
+        changed = sentiment.with_name(f"{name}-changed.jsonl")
+        changed.write_text("".join(lines[:2] + lines[3:]))
+        own["data"]["train"] = str(changed)
+    return own
+
+
+def stage_and_version(history: History, key: str) -> tuple[str, int]:
+    stage = history.stages[history.find(key).identity]
+    return stage.name, int("changed" in stage.config["data"]["train"])
+
+
 class Reference:
-    """What stages and their combinations come to in runs that never had others."""
+    """What versions of stages and their combinations come to in runs that never had others."""
 
-    def __init__(self, run: Path, sentiment: Path) -> None:
-        self.run, self._known = run, dict[frozenset[str], str]()
-        for name in NAMES:
-            train_on(run, section(sentiment, name, steps=[1]), beside=True)
+    def __init__(self, tiny_folder: Path, sentiment: Path, folder: Path) -> None:
+        self.tiny_folder, self.sentiment, self.folder = tiny_folder, sentiment, folder
+        self._known = dict[frozenset[tuple[str, int]], str]()
 
-    def state(self, keys: set[str]) -> str:
+    def run(self, versions: Mapping[str, int], names: str = NAMES) -> Path:
+        """Return a run of `a` and other stages, each in one version."""
+        run = self.folder / "-".join([names, *(f"{n}{version}" for n, version in versions.items())])
+        if not run.exists():
+            config = config_of(self.tiny_folder, self.sentiment, run)
+            config["stages"] = [versioned(self.sentiment, "a", versions.get("a", 0))]
+            train_all(config)
+            for name in names:
+                own = versioned(self.sentiment, name, versions.get(name, 0), steps=[1])
+                train_on(run, own, beside=True)
+        return run
+
+    def state(self, stages: set[tuple[str, int]]) -> str:
         """Return the digest of a stage, or of the combination of several."""
-        if len(keys) == 1:
-            return open_run(f"{self.run}@{min(keys)}").state.digest
-        found = frozenset(keys)
+        found = frozenset(stages)
         if found not in self._known:
-            self._known[found] = combine(self.run, sorted(keys)).state.digest
+            run = self.run({name: version for name, version in sorted(stages) if version})
+            names = sorted(name for name, _ in stages)
+            made = combine(run, names) if len(names) > 1 else open_run(f"{run}@{names[0]}")
+            self._known[found] = made.state.digest
         return self._known[found]
 
 
 class Commands(RuleBasedStateMachine):
     folders = count()
 
-    def __init__(self, first: Path, sentiment: Path, reference: Reference, folder: Path) -> None:
+    def __init__(self, reference: Reference, folder: Path) -> None:
         super().__init__()
         self.folder = folder / str(next(self.folders))
-        self.run = Path(shutil.copytree(first, self.folder / "run"))
-        self.sentiment, self.reference = sentiment, reference
+        self.run = Path(shutil.copytree(reference.run({}, "b"), self.folder / "run"))
+        self.sentiment, self.reference = reference.sentiment, reference
         self.last: tuple[Callable[[], object], str] | None = None
-        self.built: dict[str, Entry] = {}
+        self.built: dict[str, State] = {}
+        self.certificates = count()
         self.bits: dict[str, list[Any]] = {}
 
     def do(self, work: Callable[[], object], kill: int | None = None) -> bool:
@@ -120,6 +152,21 @@ class Commands(RuleBasedStateMachine):
         self.built = {}
         self.do(lambda: prune(self.run, name), kill)
 
+    @rule(name=strategies.sampled_from("ab"), version=strategies.booleans(), kill=kills)
+    def update(self, name: str, version: bool, kill: int | None) -> None:
+        rows = versioned(self.sentiment, name, version)["data"]["train"]
+        self.last = lambda: update(self.run, name, rows=rows), name
+        self.do(self.last[0], kill)
+
+    @rule(name=strategies.sampled_from("ab"), version=strategies.booleans(), kill=kills)
+    def purge(self, name: str, version: bool, kill: int | None) -> None:
+        rows = versioned(self.sentiment, name, version)["data"]["train"]
+        place, self.built = self.folder / f"{next(self.certificates)}.json", {}
+        keys = {"rows": rows, "purge": True, "certificate": place}
+        self.last = lambda: update(self.run, name, **keys), name
+        if self.do(self.last[0], kill) and place.exists():
+            assert verify_certificate(self.run, place) == []
+
     @rule(kill=kills)
     def combine(self, kill: int | None) -> None:
         self.do(lambda: combine(self.run), kill)
@@ -147,33 +194,32 @@ class Commands(RuleBasedStateMachine):
 
         sign(theirs, forge)
         self.do(lambda: build_run(theirs))
-        honest = {e.key: e.kept for e in read_history(self.reference.run).entries}
-        for entry in read_history(theirs).entries:
-            assert entry.kept == honest.get(entry.key, entry.kept)
+        honest = {e.key: e.kept for e in read_history(self.reference.run({})).entries}
+        assert {e.kept for e in read_history(theirs).entries if e.key == "d"} <= {honest["d"]}
 
     @invariant()
     def is_whole(self) -> None:
         history = read_history(self.run)
-        found = {entry.key: entry for entry in history.entries}
-        assert found.keys() >= self.built.keys()  # nothing that was built is lost
-        assert {key: found[key] for key in self.built} == self.built
+        found = {entry.digest: entry.state for entry in history.entries}
+        assert found.items() >= self.built.items()  # nothing that was built is lost
         self.built = found
-        for key, entry in found.items():
-            state = state_at(self.run, history, key)
+        for entry in history.entries:
+            state = state_at(self.run, history, entry.key)
             state.verify()
             bits = [link.factors.items() for link in state.links()]
             shown = [[(n, f.a.tolist(), f.b.tolist()) for n, f in each] for each in bits]
             assert self.bits.setdefault(entry.state.digest, shown) == shown
-            parts = {*entry.parents} if entry.kind == "combine" else {key}
-            if parts <= {"a", *NAMES}:
-                assert entry.state.digest == self.reference.state(parts)
+            parts = {*entry.parents} if entry.kind == "combine" else {entry.key}
+            stages = {stage_and_version(history, part) for part in parts}
+            if {name for name, _ in stages} <= {"a", *NAMES}:
+                assert entry.state.digest == self.reference.state(stages)
 
 
-def test_any_order_of_commands(trained_beside, sentiment, tmp_path):
-    reference = Reference(Path(shutil.copytree(trained_beside["a"], tmp_path / "all")), sentiment)
+def test_any_order_of_commands(tiny_folder, sentiment, tmp_path):
+    reference = Reference(tiny_folder, sentiment, tmp_path)
     keys = {"max_examples": 100, "stateful_step_count": 30} if FULL else {"max_examples": 5}
     run_state_machine_as_test(
-        lambda: Commands(trained_beside["a"], sentiment, reference, tmp_path),
+        lambda: Commands(reference, tmp_path),
         settings=settings(
             **{"stateful_step_count": 12, "derandomize": not FULL} | keys,
             database=None,
