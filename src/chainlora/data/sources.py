@@ -1,6 +1,7 @@
 """Stream the rows of files and Hub datasets; every row knows its place (file and line).
 
-Only `.json` files are loaded whole, so other sources can be larger than memory.
+Small files are read from disk once. Of larger ones, only `.json` files are loaded whole, so other
+sources can be larger than memory.
 """
 
 from __future__ import annotations
@@ -13,21 +14,22 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
+from io import BytesIO
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from huggingface_hub import is_offline_mode
 
 from chainlora.config.data import FIELDS_KEY
 from chainlora.data.readers import READERS, CsvFile, Record, bad_row, parse_json, without_filling
 from chainlora.errors import DataError
-from chainlora.files import sha256
 
 _log = logging.getLogger(__name__)
 
 SUFFIXES = tuple(READERS)
+_SMALL = 1 << 24  # bytes; files up to this size stay in memory
 _HUB_ID = re.compile(r"^(?P<path>[\w.-]+/[\w.-]+)(:(?P<name>[\w.-]+))?(@(?P<revision>[\w./-]+))?$")
 
 
@@ -131,6 +133,12 @@ class Source(ABC):
             missing -= row.keys()
 
 
+@lru_cache(maxsize=4)
+def _content(path: Path, size: int, changed: int) -> bytes:
+    """Return the bytes of a file, which its size and time of change identify."""
+    return path.read_bytes()
+
+
 @dataclass
 class FileSource(Source):
     path: Path
@@ -155,21 +163,28 @@ class FileSource(Source):
 
     def _read(self) -> Iterator[Record]:
         read, _ = READERS[self._suffix()]
-        with self._readable(), self.path.open("rb") as file:
+        with self._readable(), self._opened() as file:
             yield from read(file, self.path)
+
+    def _opened(self) -> BinaryIO:
+        state = self.path.stat()
+        if state.st_size > _SMALL:
+            return self.path.open("rb")
+        return BytesIO(_content(self.path, state.st_size, state.st_mtime_ns))
 
     def remark(self) -> str:
         if self._suffix() != ".csv":
             return ""
-        with self._readable(), self.path.open("rb") as file:
+        with self._readable(), self._opened() as file:
             table = CsvFile(file, self.path)
             deque(islice(table.rows(), self.limit), maxlen=0)
             return table.remark()
 
     def identity(self) -> str:
         """Return the hash of the file's bytes; its name and times do not count."""
-        with self._readable():
-            return f"{self._suffix()} {sha256(self.path)} {self.limit} {self.skip}"
+        with self._readable(), self._opened() as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+        return f"{self._suffix()} {digest} {self.limit} {self.skip}"
 
     def state(self) -> object:
         with self._readable():
