@@ -213,7 +213,7 @@ def test_a_next_file_is_read_by_the_keys_of_the_stage_before(tiny_folder, chainl
     done = chainlora("extend", run, faq("march.csv", "question", "answer"), *short)
     assert done.status == 0, done.err
     assert "stage march does not inherit data.format, data.fields from january" in caplog.messages
-    assert "march.csv: question is the prompt, answer the completion, customer is" in caplog.text
+    assert "march.csv: question and answer are read as two lines, customer is" in caplog.text
     data = open_run(f"{run}@march").config().data
     assert (data.fields, data.format) == ({}, "auto")
 

@@ -26,6 +26,11 @@ def table(columns: str, row: str) -> Path:
     return Path("shop.csv")
 
 
+def same(found, wanted) -> bool:
+    return (found.digest, [*found.train]) == (wanted.digest, [*wanted.train])
+
+
+@pytest.mark.parametrize("template", [None, CHAT])
 @pytest.mark.parametrize(
     ("columns", "names", "more"),
     [
@@ -34,30 +39,33 @@ def table(columns: str, row: str) -> Path:
         ("text,label", ("text", "label"), ""),
     ],
 )
-def test_usual_columns_are_prompt_and_completion_and_are_told(columns, names, more, caplog):
-    texts = dict.fromkeys(columns.split(","), "7") | dict(
-        zip(names, ("dogs? ", "two"), strict=True)
-    )
-    found = read(table(columns, ",".join(texts.values())))
+def test_usual_columns_are_question_and_answer_and_are_told(columns, names, more, template, caplog):
+    """As a chat, if the tokenizer has a template; else a line break is between them."""
+    texts = dict.fromkeys(columns.split(","), "7") | dict(zip(names, ("dogs?", "two"), strict=True))
+    found = read(table(columns, ",".join(texts.values())), template)
     key = KEY.format(*names) + (" or --data.format text)" if names[0] == "text" else ")")
-    told = f"{names[0]} is the prompt, {names[1]} the completion{more} {key}"
+    form = "a chat" if template else "two lines"
+    told = f"{names[0]} and {names[1]} are read as {form}{more} {key}"
     assert caplog.messages == [f"shop.csv: {told}"]
     assert found.report()["train"]["columns"] == told
     caplog.clear()
-    named = read(Path("shop.csv"), fields=dict(zip(("prompt", "completion"), names, strict=True)))
-    assert (named.digest, [*named.train]) == (found.digest, [*found.train])
-    assert "the prompt" not in caplog.text
+    fields = dict(zip(("question", "answer"), names, strict=True))
+    assert same(read(Path("shop.csv"), template, fields=fields), found)
+    assert "read as" not in caplog.text
+    asked, said = {"role": "user", "content": "dogs?"}, {"role": "assistant", "content": "two"}
+    row = {"messages": [asked, said]} if template else {"prompt": "dogs?\n", "completion": "two"}
+    assert same(read(write_rows(Path("a.jsonl"), [row] * 4), template), found)
 
 
 @pytest.mark.parametrize("template", [None, CHAT])
 def test_instructions_are_told_and_read_as_before(template, caplog):
     rows = [{"instruction": "count", "input": "dogs", "output": "two", "customer": 1}] * 4
     found = read(write_rows(Path("a.jsonl"), rows), template)
-    told = "instruction with input below it is the prompt, output the completion"
+    form = "a chat" if template else "Alpaca's text"
+    told = f"instruction with input below it and output are read as {form}"
     key = KEY.format("instruction", "output") + ")"
     assert caplog.messages == [f"a.jsonl: {told}, customer is ignored {key}"]
-    explicit = read(Path("a.jsonl"), template, format="alpaca")
-    assert (explicit.digest, [*explicit.train]) == (found.digest, [*found.train])
+    assert same(read(Path("a.jsonl"), template, format="alpaca"), found)
 
 
 @pytest.mark.parametrize(
@@ -74,9 +82,8 @@ def test_rows_of_a_format_and_explicit_keys_are_read_as_before(row, keys, caplog
     plain = {"prompt": "dogs ", "completion": "two"} if "prompt" in row else {"text": "dogs"}
     found = read(write_rows(Path("a.jsonl"), [row] * 4), **keys)
     assert found.report()["train"]["unread"]
-    assert "the completion" not in caplog.text
-    expected = read(write_rows(Path("b.jsonl"), [plain] * 4))
-    assert (found.digest, [*found.train]) == (expected.digest, [*expected.train])
+    assert "read as" not in caplog.text
+    assert same(found, read(write_rows(Path("b.jsonl"), [plain] * 4)))
 
 
 def test_a_large_file_and_held_out_rows_tell_it_once(monkeypatch, caplog, cache):
@@ -101,12 +108,11 @@ def test_pairs_have_no_usual_columns():
     ("rows", "keys"),
     [
         ([{"q": "a", "a": "b"}], {}),
-        ([{"question": "a", "answer": 3}], {}),
         ([{"question": "a"}], {"fields": {"prompt": "question", "completion": "reply"}}),
     ],
 )
 def test_unknown_columns_are_refused_with_the_syntax_of_the_key(rows, keys):
-    with pytest.raises(DataError, match=r"--data\.fields '\{prompt: question, completion: answer"):
+    with pytest.raises(DataError, match=r"--data\.fields '\{question: COLUMN, answer: COLUMN"):
         read(write_rows(Path("a.jsonl"), rows), **keys)
     with pytest.raises(DataError, match=r"--data\.fields '\{prompt: COLUMN\}'"):
         read(write_rows(Path("a.jsonl"), rows), format="completion")

@@ -16,12 +16,13 @@ ROW_FIELDS: Mapping[str, tuple[str, ...]] = {
     "completion": ("prompt", "completion"),
     "chat": ("messages", "tools", "chat_template_kwargs"),
     "text": ("text",),
+    "question": ("question", "answer"),
     "sharegpt": ("conversations", "system", "tools", "chat_template_kwargs"),
     "alpaca": ("instruction", "input", "output", "system"),
     "conversational": ("prompt", "completion", "tools", "chat_template_kwargs"),
 }
 """Fields of a row that are read, by format; preference pairs also have `chosen` and `rejected`."""
-FIELDS_KEY = "--data.fields '{prompt: question, completion: answer}'"
+FIELDS_KEY = "--data.fields '{question: COLUMN, answer: COLUMN}'"
 """The key that names columns, as an example for messages."""
 
 
@@ -39,7 +40,9 @@ class TrainFile(Section):
     """Copies of each row per epoch."""
 
 
-Format = Literal["auto", "completion", "chat", "text", "sharegpt", "alpaca", "conversational"]
+Format = Literal[
+    "auto", "completion", "chat", "text", "question", "sharegpt", "alpaca", "conversational"
+]
 
 
 class DataConfig(Section):
@@ -60,11 +63,12 @@ class DataConfig(Section):
     """File with the rows to report on."""
     format: Format = "auto"
     """[Format of a row](rows.md#formats): `completion` (loss on the completion), `chat` (loss on
-    the assistant's turns), `text` (loss on everything), and those of other tools: `sharegpt`,
-    `alpaca`, `conversational` (TRL). `auto` decides by the first row, and also reads
-    [usual columns](rows.md#usual-columns) such as `question` and `answer`."""
+    the assistant's turns), `text` (loss on everything), `question` (a chat of `question` and
+    `answer`; without a chat template, a line break between them), and those of other tools:
+    `sharegpt`, `alpaca`, `conversational` (TRL). `auto` decides by the first row, and also reads
+    [usual columns](rows.md#usual-columns) as `question`."""
     fields: dict[str, str] = Field(default={})
-    """Columns for the fields of the format, e.g. `{prompt: question, completion: answer}`; for
+    """Columns for the fields of the format, e.g. `{question: title, answer: body}`; for
     every file of this section."""
     chat_template: Annotated[str, AfterValidator(resolved_template)] | None = None
     """Chat template: a name (`alpaca`, `chatml`, `llama3`, `zephyr`), a file, or Jinja text; `null`

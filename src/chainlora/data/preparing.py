@@ -86,28 +86,36 @@ def make_rows(
         folder = cache_dir() / "rows" / key
         rows = _find(folder) or _build(folder, source, state, encode, progress)
     if is_auto and not given:
-        rows.summary = _with_columns(rows.summary, str(kind), source.fields, head)
+        has_template = bool(tokenizer.chat_template)
+        rows.summary = _with_columns(rows.summary, str(kind), source.fields, head, has_template)
     elif is_auto:
         rows.summary = replace(rows.summary, recognised=str(kind) if kind in TRANSLATED else "")
     return rows
 
 
 def _with_columns(
-    summary: RowsSummary, kind: str, columns: Mapping[str, str], head: Sequence[Row]
+    summary: RowsSummary,
+    kind: str,
+    columns: Mapping[str, str],
+    head: Sequence[Row],
+    has_template: bool,
 ) -> RowsSummary:
     """Return a summary that says what `auto` detected: a format, or columns and ignored ones."""
-    below = ""
-    if kind == "alpaca" and "output" in head[0]:
-        columns = {"prompt": "instruction", "completion": "output"}
+    below, form = "", "a chat" if has_template else "two lines"
+    if kind == "question":
+        columns = columns or {"question": "question", "answer": "answer"}
+    elif kind == "alpaca" and "output" in head[0]:
+        columns = {"question": "instruction", "answer": "output"}
         below = " with input below it" * any(row.get("input") for row in head)
+        form = "a chat" if has_template else "Alpaca's text"
     if not columns:
         return replace(summary, recognised=kind if kind in TRANSLATED else "")
-    prompt, completion = columns["prompt"], columns["completion"]
-    told = f"{prompt}{below} is the prompt, {completion} the completion"
+    question, answer = columns["question"], columns["answer"]
+    told = f"{question}{below} and {answer} are read as {form}"
     if summary.unread:
         told += f", {', '.join(summary.unread)} {'are' if summary.unread[1:] else 'is'} ignored"
-    key = f"--data.fields '{{prompt: {prompt}, completion: {completion}}}'"
-    key += " or --data.format text" * (prompt == "text")
+    key = f"--data.fields '{{prompt: {question}, completion: {answer}}}'"
+    key += " or --data.format text" * (question == "text")
     return replace(summary, columns=f"{told} (change with {key})", unread=())
 
 

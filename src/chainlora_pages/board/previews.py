@@ -15,7 +15,11 @@ from chainlora.data.sources import FileSource, Row
 from chainlora.errors import ConfigError, DataError
 from chainlora_pages.page import Texts, render_part, section
 
-_OWN = (("instruction", "output"), ("prompt", "completion"))  # formats, read without data.fields
+_OWN = (
+    ("instruction", "output"),
+    ("prompt", "completion"),
+    ("question", "answer"),
+)  # formats, read without data.fields
 PAIRS = (*_OWN, *USUAL_COLUMNS)
 """Columns that are recognised as question and answer, the first pair wins."""
 _WHOLE = ("messages", "conversations")  # columns with a whole chat
@@ -66,7 +70,7 @@ def fields_of(upload: Upload, question: str | None, answer: str | None) -> dict[
     if not {question, answer} <= {*upload.columns} or question == answer:
         rule = "Choose the column of the questions and that of the answers"
         raise ConfigError(rule, remedy=f"the file has {', '.join(upload.columns)}")
-    return {"prompt": str(question), "completion": str(answer)}
+    return {"question": str(question), "answer": str(answer)}
 
 
 def _is_known(rows: Sequence[Row]) -> bool:

@@ -40,10 +40,11 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "completion": ("prompt", "completion"),
     "chat": ("messages",),
     "text": ("text",),
+    "question": ("question", "answer"),
 }
 """The fields that a row must have, by format of chainlora."""
-USUAL_COLUMNS = (("question", "answer"), ("input", "target"), ("text", "label"))
-"""Columns of texts that `auto` reads as prompt and completion, if a row has no format's fields."""
+USUAL_COLUMNS = (("input", "target"), ("text", "label"))
+"""Columns of texts that `auto` reads as question and answer, if a row has no format's fields."""
 _OR = "shorten it or raise data.max_length, or set data.truncation"
 
 
@@ -229,7 +230,7 @@ def make_encoder(task: Task | str, reader: TokenReader, options: Options) -> Enc
         plain = replace(options, objective=None)
         answer = "conversational" if task == "sharegpt" else task
         return PairEncoder(task, make_encoder(answer, reader, plain))
-    if task in TRANSLATED:
+    if task in TRANSLATED or task == "question":
         return make_translated(task, reader)
     if task == "completion":
         return CompletionEncoder(reader, render_rows, fields=FORMATS[task], end=reader.end())
@@ -247,7 +248,7 @@ def detect_format(rows: Sequence[Mapping[str, Any]], objective: str | None = Non
         if all(field in row and isinstance(row[field], kind) for field in fields):
             return name
     formats = [(fields, name) for name, fields in (FORMATS | TRANSLATED).items()]
-    formats += [(columns, "completion") for columns in USUAL_COLUMNS]
+    formats += [(columns, "question") for columns in USUAL_COLUMNS]
     known = "; ".join(f"{' + '.join(fields)} ({name})" for fields, name in formats)
     rule, got = f"rows must have the fields of a format: {known}", ", ".join(map(str, row))
     remedy = f"name them by {FIELDS_KEY}, or describe them in a task file"
@@ -255,18 +256,18 @@ def detect_format(rows: Sequence[Mapping[str, Any]], objective: str | None = Non
 
 
 def with_usual_columns(source: Source, objective: str | None) -> Source:
-    """Return a source whose usual columns, if its first row has some, are prompt and completion.
+    """Return a source whose usual columns, if its first row has some, are question and answer.
 
     The fields of a format come before usual columns; only a `text` with a text as `label` is a
-    prompt. `data.fields` and losses of pairs turn this off.
+    question. `data.fields` and losses of pairs turn this off.
     """
     if source.fields or objective in PAIR_LOSSES:
         return source
     row = next(iter(source))
     formats = [fields for fields in (TRANSLATED | FORMATS).values() if row.keys() >= {*fields}]
-    pairs = USUAL_COLUMNS if not formats else USUAL_COLUMNS[2:] if formats == [("text",)] else ()
+    pairs = USUAL_COLUMNS if not formats else USUAL_COLUMNS[1:] if formats == [("text",)] else ()
     for columns in pairs:
         if all(isinstance(row.get(column), str) for column in columns):
-            named = dict(zip(FORMATS["completion"], columns, strict=True))
+            named = dict(zip(FORMATS["question"], columns, strict=True))
             return replace(source, fields=named)
     return source

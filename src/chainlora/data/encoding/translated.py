@@ -1,9 +1,11 @@
-"""Translate rows in formats of other tools to chainlora's formats.
+"""Translate rows in formats of other tools, and of questions and answers, to other formats.
 
 sharegpt        {"conversations": [{"from": "human", "value": …}, …]}   to chat; also with role
                                                                         and content
 alpaca          {"instruction": …, "input": …, "output": …}             to chat, or to completion
                                                                         without a chat template
+question        {"question": …, "answer": …}                            to chat, or to completion
+                                                                        with a line break between
 conversational  {"prompt": [messages], "completion": [messages]}        to chat, loss on the
                                                                         completion's turns
 """
@@ -60,18 +62,19 @@ class TranslatedEncoder:
 
 
 def make_translated(kind: str, reader: TokenReader) -> Encoder:
-    """Return the encoder of a format of another tool."""
+    """Return the encoder of a format that is translated."""
     columns = ROW_FIELDS[kind]
     if kind == "sharegpt":
         return TranslatedEncoder(ChatEncoder(reader), sharegpt_chat, columns)
     if kind == "conversational":
         chat = ChatEncoder(reader, turns_before=lambda row: int(row["turns_before"]))
         return TranslatedEncoder(chat, _conversational, columns)
+    to_chat, to_text = _TO_CHAT_OR_TEXT[kind]
     if reader.tokenizer.chat_template:
-        return TranslatedEncoder(ChatEncoder(reader), _alpaca_chat, columns)
+        return TranslatedEncoder(ChatEncoder(reader), to_chat, columns)
     columns_of_text = ("prompt", "completion")
     plain = CompletionEncoder(reader, render_rows, fields=columns_of_text, end=reader.end())
-    return TranslatedEncoder(plain, _alpaca_text, columns[:3])
+    return TranslatedEncoder(plain, to_text, columns[:3])
 
 
 def sharegpt_chat(row: Row) -> dict[str, Any]:
@@ -119,11 +122,12 @@ def _conversational(row: Row) -> dict[str, Any]:
 
 def _alpaca_chat(row: Row) -> dict[str, Any]:
     question = [text_of(row, "instruction"), _input(row)]
-    messages = [
-        {"role": "user", "content": "\n".join(filter(None, question))},
-        {"role": "assistant", "content": text_of(row, "output")},
-    ]
+    messages = _exchange("\n".join(filter(None, question)), text_of(row, "output"))
     return {"messages": _with_system(row, messages)}
+
+
+def _exchange(question: str, answer: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def _alpaca_text(row: Row) -> dict[str, Any]:
@@ -138,3 +142,18 @@ def _alpaca_text(row: Row) -> dict[str, Any]:
 
 def _input(row: Row) -> str:
     return text_of(row, "input") if row.get("input") is not None else ""
+
+
+def _question_chat(row: Row) -> dict[str, Any]:
+    return {"messages": _exchange(text_of(row, "question"), text_of(row, "answer"))}
+
+
+def _question_text(row: Row) -> dict[str, Any]:
+    return {"prompt": text_of(row, "question") + "\n", "completion": text_of(row, "answer")}
+
+
+_TO_CHAT_OR_TEXT = {
+    "alpaca": (_alpaca_chat, _alpaca_text),
+    "question": (_question_chat, _question_text),
+}
+"""How rows are translated with a chat template, and without one."""
