@@ -520,6 +520,7 @@ def test_a_stranger_goes_the_whole_way(page, empty, tiny_folder, tmp_path):
     page.locator(".toast-close").click()
     assert page.input_value("#into input") == "a new run"
     page.reload()
+    page.wait_for_selector("#into input")
     page.wait_for_function("document.querySelector('#into input').value === 'birds'")
     ask()
     page.get_by_role("tab", name="Train").click()
