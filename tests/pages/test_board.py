@@ -513,35 +513,42 @@ def test_a_stranger_goes_the_whole_way(page, empty, tiny_folder, tmp_path):
     page.wait_for_selector("#now:has-text('birds')")
     assert [facts.rank for facts in open_run(place / "birds").facts] == [4]
     page.wait_for_function("document.querySelector('#into input').value === 'birds'")
+    page.click("#into input")
+    page.get_by_role("option", name="a new run").click()
+    page.locator("#begin").click()  # another run of this name
+    page.wait_for_selector(".toast-body:has-text('There is a run birds already')")
+    page.locator(".toast-close").click()
+    assert page.input_value("#into input") == "a new run"
     page.reload()
-    page.wait_for_selector("#preview table")
-    page.wait_for_function(ready.format("birds"))
-    assert page.input_value("#into input") == "birds"
+    page.wait_for_selector("#into input")
+    page.wait_for_function("document.querySelector('#into input').value === 'birds'")
     ask()
     page.get_by_role("tab", name="Train").click()
-    page.get_by_label("Clear").first.click()
-    page.wait_for_selector("#preview", state="hidden")
     drop("hills")
+    page.focus("#question input")
+    for _ in range(4):
+        page.keyboard.press("Tab")
+    page.wait_for_selector("[role=listbox]", state="detached")  # menus that Tab has left
     train("hills")
     page.wait_for_selector("#now:has-text('birds + hills')")
-    before = open_run(place / "birds").history.find("hills").kept
+    before = open_run(place / "birds").history.find("birds").kept
     page.get_by_label("Clear").first.click()
     page.wait_for_selector("#preview", state="hidden")
-    SAID["corrected"] = SAID["hills"].replace("green", "red")
+    SAID["corrected"] = SAID["birds"].replace("red", "green")
     drop("corrected")
     page.get_by_role("button", name="Correct or erase").click()
     page.click("#data-set input")
-    page.get_by_role("option", name="hills").click()
+    page.get_by_role("option", name="birds", exact=True).click()
     button("Replace its rows").click()
     page.wait_for_selector("#step:has-text('Corrected.')")
-    page.wait_for_selector("#answers:has-text('red hill')")
+    page.wait_for_selector("#answers:has-text('green birds')")  # the rows that were corrected
     now = open_run(place / "birds")
-    assert now.history.find(now.stages[-1]).kept != before
-    assert now.stages[0] == "birds"
+    assert now.history.find(now.stages[0]).kept != before
+    assert now.stages[1] == "hills"
     undo(place / "birds")
-    assert open_run(place / "birds").history.find("hills").kept == before
+    assert open_run(place / "birds").history.find("birds").kept == before
     notice = page.locator("#notices")
-    assert "16 prompts have other answers than in birds" in notice.inner_text()
+    assert "16 prompts have other answers than in hills" in notice.inner_text()
     assert "--" not in notice.inner_text()
     button("Dismiss").click()
     notice.wait_for(state="hidden")
@@ -563,7 +570,7 @@ def test_a_stranger_goes_the_whole_way(page, empty, tiny_folder, tmp_path):
     page.get_by_role("tab", name="Train").click()
     page.get_by_role("button", name="Correct or erase").click()  # open before the reload
     page.click("#data-set input")
-    page.get_by_role("option", name="birds").click()
+    page.get_by_role("option", name="birds", exact=True).click()
     button("Take out …").click()
     page.wait_for_selector("#confirm:has-text('birds will be deleted for good')")
     button("Keep it").click()
@@ -573,6 +580,7 @@ def test_a_stranger_goes_the_whole_way(page, empty, tiny_folder, tmp_path):
     button("Delete it for good").click()
     page.wait_for_selector("#step:has-text('Taken out.')")
     assert open_run(place / "birds").history.find("birds") is None
+    assert page.input_value("#data-set input") == ""
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert page.locator(".bot:has-text('Error')").count() == 0
 

@@ -34,7 +34,7 @@ from chainlora_pages.board.ask_tab import ask_tab
 from chainlora_pages.board.desk import Desk, added, in_use
 from chainlora_pages.board.train_tab import standing, targets, train_tab
 from chainlora_pages.board.training import Trainer, plain
-from chainlora_pages.board.watching import find_runs, sections_of
+from chainlora_pages.board.watching import find_runs, last_changed, sections_of
 from chainlora_pages.board.widgets import MODEL, changing_choice, choices, known_run, told
 from chainlora_pages.page import Section, as_text, part_style, render_part
 
@@ -74,6 +74,12 @@ input[role=combobox] { padding-right: 2.5rem !important; text-overflow: ellipsis
 .chainlora { background: none !important; }
 .chainlora section:first-child h2 { margin-top: 0; }
 """
+# Gradio 6 opens a menu again when Tab has left it, and then never closes it.
+_SCRIPT = """
+addEventListener("keydown", (event) => {
+  if (event.key === "Tab" && event.target.matches("[role=combobox]")) event.stopPropagation();
+}, true);
+"""
 _FONTS: Any = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 
 
@@ -102,7 +108,7 @@ def server_of(
         ssr_mode=False,
         footer_links=[],
         theme=gr.themes.Default(primary_hue="blue", **_FONTS),
-        head=f"<style>{_STYLE}{part_style()}</style>",
+        head=f"<style>{_STYLE}{part_style()}</style><script>{_SCRIPT}</script>",
     )
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
     name = "localhost" if host == "0.0.0.0" else host
@@ -176,7 +182,8 @@ def page_of(places: Sequence[str | Path], trainer: Trainer) -> gr.Blocks:
     with gr.Blocks(title="chainlora board", analytics_enabled=False) as blocks:
         gr.Markdown(_TITLE, elem_id="title")
         several = len(before) > 1
-        run = changing_choice(choices(before), label="Run", visible=several, elem_id="run")
+        keys: Any = {"label": "Run", "visible": several, "elem_id": "run"}
+        run = changing_choice(choices(before), value=None, **keys)
         version, wanted = gr.State(""), gr.State(None)
         with gr.Row():
             with gr.Column(min_width=280):
@@ -185,7 +192,7 @@ def page_of(places: Sequence[str | Path], trainer: Trainer) -> gr.Blocks:
             forth = gr.Button("Redo", size="sm", min_width=90, scale=0, visible=bool(first))
         with gr.Tabs(selected="watch" if first else "train"):
             with gr.Tab("Train", id="train"):
-                widgets, restoring = train_tab(trainer, places, folder, run, wanted, desk_of)
+                widgets, changes = train_tab(trainer, places, folder, run, wanted, desk_of)
             with gr.Tab("Watch", id="watch"):
                 view = gr.HTML(f"<p>{_READING if first else _NO_RUN}</p>", apply_default_css=False)
                 # An accordion of Gradio: a fold in HTML would close on every redraw.
@@ -209,9 +216,10 @@ def page_of(places: Sequence[str | Path], trainer: Trainer) -> gr.Blocks:
             "show_progress": "hidden",
         }
         for button, change in ((back, undo), (forth, redo)):
-            button.click(told()(_change_handler(places, change)), run, None).then(**looking)
-        restoring(blocks.load).then(**looking)
-        gr.on([run.input, gr.Timer(_SECONDS).tick], **looking)
+            changes.append(button.click(told()(_change_handler(places, change)), run, None))
+        for event in changes:
+            event.then(**looking)
+        gr.on([blocks.load, run.input, gr.Timer(_SECONDS).tick], **looking)
         gr.api(_answering(places, desk_of), api_name="ask", **MODEL)
     return blocks
 
@@ -238,27 +246,25 @@ def _look(
 ) -> Callable[[str | None, str | None], tuple[Any, ...]]:
     """Return the event handler that reads the runs again and updates the page.
 
-    Its arguments are the shown run and the run to show once it exists. `before` are the runs of the
-    first page.
+    Its arguments are the run that is shown, None for a page that was just opened, and the run to
+    show once it exists. `before` are the runs of the first page.
     """
 
     def look(shown: str | None, wanted: str | None) -> tuple[Any, ...]:
         runs = find_runs(places)
         new = [str(run) for run in runs.values() if wanted and run.resolve() == Path(wanted)]
-        is_gone = shown is not None and not is_run(shown)
-        if shown not in [str(run) for run in runs.values()] and not is_gone:
-            shown = None
-        shown = next(iter([*new, *([shown] if shown else map(str, runs.values()))]), None)
-        parts = (_NO_RUN, "") if shown is None else _parts(sections_of(runs, Path(shown)))
+        is_kept = shown is not None and (Path(shown) in runs.values() or not is_run(shown))
+        now = new[0] if new else shown if is_kept else last_changed(runs)
+        parts = _parts(sections_of(runs, Path(now))) if now else (_NO_RUN, "")
         pages = (*parts, gr.Accordion(visible=bool(parts[1])))
         run_choice, into = gr.skip(), gr.skip()
-        if shown is not None and (runs != before or new):
-            gone = {} if Path(shown) in runs.values() else {shown: Path(shown)}
-            run_choice = gr.Dropdown(choices(runs | gone), value=shown, visible=len(runs) > 1)
-            target: Any = {"value": new[0]} if new else {}
+        if now and (runs != before or now != shown):
+            gone = {} if Path(now) in runs.values() else {now: Path(now)}
+            run_choice = gr.Dropdown(choices(runs | gone), value=now, visible=len(runs) > 1)
+            target: Any = {"value": now} if now != shown else {}
             into = gr.Dropdown(targets(folder, runs), **target)
-        training = (into, *standing(trainer, shown))
-        return run_choice, None if new else wanted, *pages, *_state_widgets(shown), *training
+        training = (into, *standing(trainer, now))
+        return run_choice, None if new else wanted, *pages, *_state_widgets(now), *training
 
     return look
 

@@ -92,6 +92,8 @@ def _talk(desk: Desk) -> Callable[..., Iterator[Any]]:
     def talk(
         text: str, chat: bool, most: int | None, temperature: float, *values: Any
     ) -> Iterator[Any]:
+        if not text.strip():
+            return
         if rows is not None and not chat and not rows.has(text):
             endings = " or ".join(map(repr, rows.endings))
             text_of_warning = f"Prompts of this run's rows end in {escape(endings)}."

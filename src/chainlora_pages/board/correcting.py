@@ -54,10 +54,10 @@ def correcting_part(
         return gr.Group(visible=True), _consequences(known_run(places, run), name)
 
     @told()
-    def begin_erasing(run: str | None, name: str | None) -> Any:
+    def begin_erasing(run: str | None, name: str | None) -> tuple[Any, None]:
         plan_pruning(known_run(places, run), name or "")
         trainer.start(["prune", str(run), str(name), "--yes"])
-        return gr.Group(visible=False)
+        return gr.Group(visible=False), None
 
     @told()
     def replace_rows(run: str | None, name: str | None, file: str | None, purge: bool) -> None:
@@ -70,7 +70,7 @@ def correcting_part(
     hidden: Any = {"show_progress": "hidden"}
     ask.click(plan_erasing, [run, stage], [confirm, question], **hidden)
     gr.on([keep.click, stage.input, run.change], close, None, confirm, **hidden)
-    erased = erase.click(begin_erasing, [run, stage], confirm, **hidden)
+    erased = erase.click(begin_erasing, [run, stage], [confirm, stage], **hidden)
     return stage, [erased, change.click(replace_rows, [run, stage, rows, purge], None, **hidden)]
 
 

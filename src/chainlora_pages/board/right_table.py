@@ -43,7 +43,7 @@ def answers_html(
     is_few = has_advice and counts[0] < _FEW * len(asked)
     summary = f"**{as_text('; '.join(texts))}.** {_ADVICE if is_few else ''}"
     title = f"Answers to the rows of {stage}" if stage else "Answers to rows of the data"
-    return render_part([section(title, Texts(title, heads, rows), Text(summary))])
+    return render_part([section(title, Text(summary), Texts(title, heads, rows))])
 
 
 def _columns(asked: Sequence[Answer]) -> list[list[Said]]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.utils import get_upload_folder
 
 from chainlora.config.staging import name_of_rows
 from chainlora.data.sources import SUFFIXES
@@ -17,10 +17,17 @@ from chainlora.evaluation.stage_scores import HARM
 from chainlora_pages.board.correcting import correcting_part, data_sets
 from chainlora_pages.board.desk import Desk
 from chainlora_pages.board.models import model_choices, models_at_hand
-from chainlora_pages.board.previews import guess, preview_html, read_upload
+from chainlora_pages.board.previews import Upload, guess, preview_html, read_upload
 from chainlora_pages.board.right_table import answers_html
-from chainlora_pages.board.training import Offer, Trainer, command_of, continuing, plain
-from chainlora_pages.board.watching import find_runs, loss_html, standing_of
+from chainlora_pages.board.training import (
+    PREPARING,
+    Offer,
+    Trainer,
+    command_of,
+    continuing,
+    plain,
+)
+from chainlora_pages.board.watching import loss_html, standing_of
 from chainlora_pages.board.widgets import MODEL, changing_choice, choices, known_run, told
 
 _ROWS = """
@@ -29,11 +36,6 @@ Each row is one question and the answer that you want. As CSV, which spreadsheet
 question,answer
 When do you open?,"Tuesday to Saturday, from 9 to 17."
 Do you repair lamps?,"Yes, for 15 euros."
-```
-The same as JSONL:
-```
-{"question": "When do you open?", "answer": "Tuesday to Saturday, from 9 to 17."}
-{"question": "Do you repair lamps?", "answer": "Yes, for 15 euros."}
 ```
 You get a model that answers like your rows. You can try it under Ask, undo it and export it.
 """
@@ -48,7 +50,7 @@ def targets(folder: Path | None, runs: Mapping[str, Path]) -> list[tuple[str, st
 
 
 def standing(trainer: Trainer, shown: str | None = None) -> tuple[Any, ...]:
-    """Return the updates of the widgets of `_progress_part`, for a run that is shown."""
+    """Return the updates of the widgets of `train_tab` but the target, for a run that is shown."""
     is_on, offer = trainer.is_training, _offer(trainer, shown)
     texts = (_harm_text(n) if HARM in n else plain(n) for n in trainer.notices)
     notices = "".join(f"<p>⚠ {escape(text)}</p>" for text in texts)
@@ -79,20 +81,18 @@ def _progress_html(trainer: Trainer) -> str:
     """Return the progress as a sentence, a bar and, while a command runs, the loss curve."""
     if not trainer.is_training:
         return f"<p>{escape(trainer.standing)}</p>" if trainer.standing else ""
-    share = trainer.work.share
-    value = "" if share is None else f' value="{share:.3f}"'
+    work = trainer.work
+    value = "" if work.share is None else f' value="{work.share:.3f}"'
     bar = f'<progress max="1"{value} aria-label="Progress"></progress>'
-    return f"<p>{escape(trainer.standing)}</p>{bar}{loss_html(trainer.run)}"
+    curve = "" if work == PREPARING else loss_html(trainer.run)
+    return f"<p>{escape(trainer.standing)}</p>{bar}{curve}"
 
 
 def _harm_text(harm: str) -> str:
     """Return the warning of lost general ability in plain words, with its remedy."""
-    can_combine = "chainlora combine" in harm
-    remedy = (
-        "Combine tries to keep both the old abilities and the new answers."
-        if can_combine
-        else "Undo reverts this training."
-    )
+    remedy = "Undo reverts this training."
+    if "chainlora combine" in harm:
+        remedy = "Combine tries to keep both the old abilities and the new answers."
     return (
         f"The model has lost some of its earlier abilities in this training. {remedy} "
         f"({harm.partition(':')[0]})"
@@ -113,23 +113,16 @@ def _rows_part() -> list[Any]:
     return [rows, question, answer, example, preview, menus]
 
 
-def _target_part(folder: Path | None, runs: Mapping[str, Path]) -> list[Any]:
+def _target_part(folder: Path | None) -> list[Any]:
     """Create the fields about the run: target, model, name and settings."""
     with gr.Row():
         keys: Any = {"interactive": True, "min_width": 240}
-        first = next(iter(map(str, runs.values())), "")
         into = changing_choice(
-            targets(folder, runs), value=first, label="Train into", elem_id="into", **keys
+            targets(folder, {}), value="", label="Train into", elem_id="into", **keys
         )
-        model = gr.Dropdown(
-            model_choices(),
-            value=next(iter(models_at_hand()), None),
-            label="Model (or its folder)",
-            allow_custom_value=True,
-            visible=folder is not None and not first,
-            elem_id="model",
-            **keys,
-        )
+        first = next(iter(models_at_hand()), None)
+        keys |= {"label": "Model (or its folder)", "elem_id": "model"}
+        model = changing_choice(model_choices(), value=first, visible=folder is not None, **keys)
         name = gr.Textbox(label="Name", placeholder="Name of the file", elem_id="name")
     with gr.Accordion("Settings", open=False), gr.Row():
         # Textboxes, not numbers: Gradio turns an empty number that starts folded into 0.
@@ -160,28 +153,24 @@ def train_tab(
     run: Any,
     wanted: Any,
     desk_of: Callable[[str], Desk],
-) -> tuple[list[Any], Callable[[Any], Any]]:
+) -> tuple[list[Any], list[Any]]:
     """Create the tab Train.
 
     `run` is the shown run; `wanted` becomes the run that a training writes. Returns the widgets
-    that the page updates with `targets` and `standing`, and a function that restores file and
-    target when the page is loaded.
+    that the page updates with `targets` and `standing`, and the events after which it does so.
     """
-    runs = find_runs(places)
-    saved = gr.BrowserState({}, storage_key="chainlora-board", secret="chainlora-board")
-    rows, question, answer, example, preview, menus = _rows_part()
-    fields = into, model, name, *_ = _target_part(folder, runs)
+    rows, question, answer, *read = _rows_part()
+    fields = into, model, name, *_ = _target_part(folder)
     shown, table = _progress_part(trainer)
     stage, changes = correcting_part(places, trainer, run, rows)
-    shown.append(stage)
-    _, begin, stop, further, _, dismiss, _, _, finished, _ = shown
+    _, begin, stop, further, _, dismiss, _, _, finished = shown
     keys: Any = {"show_progress": "hidden"}
 
     @told()
     def train(
         file: str | None, asked: str | None, right: str | None, to: str, base: str, called: str,
         *values: str | None,
-    ) -> tuple[Any, ...]:  # fmt: skip
+    ) -> str:  # fmt: skip
         command = command_of(
             folder or Path(),
             file,
@@ -192,110 +181,40 @@ def train_tab(
             settings=dict(zip(_NAMES, map(_field_text, values), strict=True)),
         )
         trainer.start(command, Path(file).name if file else "")
-        return str(trainer.run.resolve()), *standing(trainer, to or None)
+        return str(trainer.run.resolve())
 
     @told()
-    def go_on(shown: str | None) -> tuple[Any, ...]:
+    def go_on(shown: str | None) -> None:
         if offer := _offer(trainer, shown and known_run(places, shown)):
             trainer.start(offer.words)
-        return standing(trainer, shown)
 
-    def end(shown: str | None) -> tuple[Any, ...]:
-        trainer.stop()
-        return standing(trainer, shown)
-
-    def hide(shown: str | None) -> tuple[Any, ...]:
-        trainer.dismiss()
-        return standing(trainer, shown)
-
-    began = begin.click(train, [rows, question, answer, *fields], [wanted, *shown], **keys)
-    began.success(lambda file: _saved(file, str(trainer.run.resolve())), rows, saved, **keys)
-    for button, handler in ((stop, end), (further, go_on), (dismiss, hide)):
-        button.click(handler, run, shown, **keys)
-    for change in changes:
-        change.success(lambda shown: standing(trainer, shown), run, shown, **keys)
+    began = begin.click(train, [rows, question, answer, *fields], wanted, **keys)
+    changes += [began, further.click(go_on, run, None, **keys)]
+    for button, handler in ((stop, trainer.stop), (dismiss, trainer.dismiss)):
+        changes.append(button.click(handler, None, None, **keys))
     finished.change(_show_answers(trainer, desk_of), None, table, **keys, **MODEL)
-
-    read = [name, example, preview, menus, question, answer]
-    _wire_rows(rows, read, into, model, folder, saved)
-    run.input(lambda shown: shown, run, into, **keys)
-    restoring = _restoring(places, folder, saved, [into, run, rows, *read])
-    return [into, *shown], restoring
-
-
-def _wire_rows(
-    rows: Any, read: Sequence[Any], into: Any, model: Any, folder: Path | None, saved: Any
-) -> None:
-    """Connect the file of rows to its preview and menus (`_read`), and keep it over a reload."""
-    *_, preview, _, question, answer = read
-    keys: Any = {"show_progress": "hidden"}
-    rows.upload(told()(_read), rows, read, **keys)
-    rows.clear(_read, rows, read, **keys)
-    gr.on([rows.upload, rows.clear, into.input], _saved, [rows, into], saved, **keys)
-    gr.on(
-        [question.input, answer.input], told()(_preview), [rows, question, answer], preview, **keys
-    )
+    gr.on([rows.upload, rows.clear], told()(_read), rows, [name, question, answer, *read], **keys)
+    columns = [rows, question, answer]
+    gr.on([question.input, answer.input], told()(_preview), columns, read[1], **keys)
     into.change(lambda to: gr.Dropdown(visible=not to and folder is not None), into, model, **keys)
-
-
-def _restoring(
-    places: Sequence[str | Path], folder: Path | None, saved: Any, widgets: Sequence[Any]
-) -> Callable[[Any], Any]:
-    """Return a function that restores target, run and file when a page is loaded."""
-
-    def restore(kept: Any) -> tuple[Any, ...]:
-        now = find_runs(places)
-        file, to = _restored(kept, now)
-        shown = to or next(iter(map(str, now.values())), None)
-        value = (shown or "") if to is None else to
-        target = gr.Dropdown(choices=targets(folder, now), value=value)
-        # without a kept file, an upload since the page was opened must stay
-        uploaded = (file, *_read(file)) if file else [gr.skip()] * (len(widgets) - 2)
-        return target, shown, *uploaded
-
-    return lambda load: load(restore, saved, [*widgets], show_progress="hidden")
-
-
-def _saved(file: str | None, to: str | None) -> dict[str, str | None]:
-    """Return what the browser keeps over a reload."""
-    return {"file": file, "into": to}
-
-
-def _restored(kept: Any, runs: Mapping[str, Path]) -> tuple[str | None, str | None]:
-    """Return file and target that a browser has kept, None for what has gone.
-
-    The value comes from outside: only an uploaded file is accepted.
-    """
-    kept = kept if isinstance(kept, dict) else {}
-    file, to = str(kept.get("file") or ""), kept.get("into")
-    is_upload = Path(file).resolve().is_relative_to(Path(get_upload_folder()).resolve())
-    is_there = bool(file) and is_upload and Path(file).is_file()
-    return file if is_there else None, to if to in ("", *map(str, runs.values())) else None
+    run.input(lambda shown: shown, run, into, **keys)
+    return [into, *shown, stage], changes
 
 
 def _read(file: str | None) -> tuple[Any, ...]:
-    """Return the updates after an upload: name, example, preview, and menus of columns."""
-    if not file:
-        empty = gr.Dropdown(choices=[], value=None)
-        return (
-            "",
-            gr.Markdown(visible=True),
-            gr.HTML(visible=False),
-            gr.Row(visible=False),
-            empty,
-            empty,
-        )
-    upload = read_upload(file)
+    """Return the updates for a file: name, menus of columns, example, preview, and their row."""
+    upload = read_upload(file) if file else Upload([], [])
     asked, right = guess(upload.columns)
     names = [("(none)", ""), *((name, name) for name in upload.columns)]
+    # the folder of an upload says nothing
+    name = "train" if file and Path(file).stem == "train" else name_of_rows(file or "")
     return (
-        # the folder of an upload says nothing
-        "train" if Path(file).stem == "train" else name_of_rows(file),
-        gr.Markdown(visible=False),
-        gr.HTML(preview_html(upload, asked, right), visible=True),
-        gr.Row(visible=upload.has_pairs),
+        name if file else "",
         gr.Dropdown(choices=names, value=asked or ""),
         gr.Dropdown(choices=names, value=right or ""),
+        gr.Markdown(visible=not file),
+        gr.HTML(preview_html(upload, asked, right), visible=bool(file)),
+        gr.Row(visible=upload.has_pairs),
     )
 
 
@@ -305,28 +224,28 @@ def _preview(file: str | None, asked: str | None, right: str | None) -> str:
 
 def _show_answers(trainer: Trainer, desk_of: Callable[[str], Desk]) -> Callable[[], Iterator[str]]:
     """Return the event handler that asks the questions of a finished training."""
-    known: dict[str, str] = {}  # of the last command: every open page asks
+
+    @lru_cache(maxsize=1)  # every open page asks
+    def answers(finished: str) -> str:
+        try:
+            return _answers_of(desk_of(str(trainer.run)), trainer.has_trained)
+        except ChainLoRAError as error:
+            return f"<p>{escape(plain(str(error)))}</p>"
 
     def ask_questions() -> Iterator[str]:
-        key = trainer.finished
-        if key and key not in known:
+        if key := trainer.finished:
             yield _ASKING
-            try:
-                text = _answers_of(desk_of(str(trainer.run)), trainer.has_trained)
-            except ChainLoRAError as error:
-                text = f"<p>{escape(plain(str(error)))}</p>"
-            known.clear()
-            known[key] = text
-        yield known.get(key, "")
+        yield answers(key) if key else ""
 
     return ask_questions
 
 
 def _answers_of(desk: Desk, has_advice: bool) -> str:
-    """Return the answers to the newest rows of a run, now and before."""
-    stages = desk.now.stages
+    """Return the answers to the rows of the stage that was trained last, now and before."""
     states = [("got", desk.now.key), ("before", desk.before)]
-    return answers_html(desk, states, stages[-1] if stages else None, has_advice=has_advice)
+    entries = reversed(desk.history.entries)
+    stage = next((entry.key for entry in entries if entry.key in desk.now.stages), None)
+    return answers_html(desk, states, stage, has_advice=has_advice)
 
 
 def _field_text(text: str | None) -> str | None:

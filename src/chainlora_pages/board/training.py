@@ -36,7 +36,8 @@ from chainlora_pages.board.watching import AS_BEFORE, NONE, standing_of
 UPLOADS = ".uploads"  # the dot keeps `find_runs` from taking it for a run
 _DONE = {"combine": "Combined.", "prune": "Taken out.", "update": "Corrected."}  # by command
 _COMBINING = re.compile(r"combining (?P<parts>.+): (?P<unit>\w+) (?P<at>\d+) of (?P<all>\d+)$")
-_WORK = re.compile(rf"{_COMBINING.pattern}|: (?:trained|combined) in |, \d+ steps|^step +\d")
+_STEP = re.compile(r": (?:trained|combined) in |^step +\d")
+_WORK = re.compile(rf"{_COMBINING.pattern}|{_STEP.pattern}")
 _NOTICES = (HARM, CHANGED, "left out", "training rows too", "were cut from")  # texts of warnings
 _SHOWN = 1 << 16  # bytes at the end of the log that are read
 
@@ -66,6 +67,9 @@ def command_of(
     if run is None and not model:
         raise ConfigError("A new run needs a model", remedy="choose one, or type a name")
     name = check_name(name or name_of_rows(rows))
+    if run is None and is_run(Path(place) / name):
+        remedy = "type another name, or choose this run in place of a new one"
+        raise ConfigError(f"There is a run {name} already", remedy=remedy)
     fields = _checked_fields(Path(rows), columns)
     keys = {"name": name, **settings, "data.fields": json.dumps(fields)}
     file = copy_rows(Path(rows), Path(place) if run is None else Path(run).parent)
@@ -121,6 +125,9 @@ class Work(NamedTuple):
 
     text: str
     share: float | None = None
+
+
+PREPARING = Work("Preparing …")
 
 
 class Offer(NamedTuple):
@@ -215,12 +222,11 @@ class Trainer:
             parts = " + ".join(part for part in match["parts"].split(" + ") if part != START)
             text = f"Combining {parts}: {match['unit']} {match['at']} of {match['all']}"
             return Work(text, int(match["at"]) / int(match["all"]))
-        if "trained in" in last or "combined in" in last or not is_run(self.run):
-            return Work("Finishing …" if last else "Preparing …")
         facts = standing_of(self.run)
         step, _, total = facts["step"].replace(",", "").partition(" of ")
-        if facts["state"] != "training" or not total:
-            return Work("Finishing …" if step == total else "Preparing …")
+        is_over = "ed in " in last  # trained in, combined in
+        if is_over or facts["state"] != "training" or not total:
+            return Work("Finishing …") if _STEP.search(last) else PREPARING
         left = f", about {facts['time left']} left" if facts["time left"] != NONE else ""
         return Work(f"Training: step {step} of {total}{left}", int(step) / int(total))
 

@@ -52,6 +52,12 @@ def find_runs(places: Sequence[str | Path]) -> dict[str, Path]:
     return dict(zip(run_names(runs), runs, strict=True)) if runs else {}
 
 
+def last_changed(runs: Mapping[str, Path]) -> str | None:
+    """Return the run whose history was written last, such as the one that was trained last."""
+    paths = map(str, runs.values())
+    return max(paths, key=lambda run: _stamp(Path(run, HISTORY)), default=None)
+
+
 def sections_of(runs: Mapping[str, Path], shown: Path) -> list[Section]:
     """Return the progress of each run, and the stages, curves and links of the shown run."""
     rows = [{"run": name, **standing_of(run)} for name, run in runs.items()]
