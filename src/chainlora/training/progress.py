@@ -156,11 +156,11 @@ class _Listener:
                 return f"stage {event.stage}{', beside the others' * event.beside}{resumed}"
             case EntryBuilt(kind="combine"):
                 details = f"; {event.told}" if self.is_verbose else ""
-                return f"{event.entry}: combined in {_duration(event.seconds)}{details}"
+                return f"{event.entry}: combined in {duration(event.seconds)}{details}"
             case EntryBuilt(kind="import") if event.entry != START:
-                return f"{event.entry}: imported in {_duration(event.seconds)}"
+                return f"{event.entry}: imported in {duration(event.seconds)}"
             case EntryBuilt(kind="stage"):
-                return f"stage {event.entry}: trained in {_duration(event.seconds)}"
+                return f"stage {event.entry}: trained in {duration(event.seconds)}"
             case ForgettingHeld():
                 return event.told
             case AlreadyFinished():
@@ -198,7 +198,7 @@ class _Listener:
         rows = f"{event.rows} training row{'s' * (event.rows != 1)}"
         estimate = ""
         if event.estimate is not None and not event.step:
-            estimate = f", about {_duration(event.estimate)} at the speed of the stage before"
+            estimate = f", about {duration(event.estimate)} at the speed of the stage before"
         self._print(f"{rows}, {event.num_steps} steps{lengths}{resumed}{estimate}")
         for split, counts in event.data.items():
             for line in _lines_of_split(counts):
@@ -261,7 +261,7 @@ class _Listener:
         if self.evaluation_seconds:
             remaining = len(self.evaluations) - bisect_left(self.evaluations, step)
             seconds += median(self.evaluation_seconds) * remaining
-        return f"{_duration(max(seconds, 1))} left"
+        return f"{duration(max(seconds, 1))} left"
 
     def _evaluated(self, event: Evaluated) -> None:
         """Print the validation scores, and when they were measured."""
@@ -293,7 +293,8 @@ def _lines_of_split(counts: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return seconds as minutes and seconds, with hours if there are some."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
