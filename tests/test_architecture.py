@@ -39,7 +39,7 @@ PUBLIC = {
     "chainlora.runs.paths": {"exists_in", "is_run", "need_apart", "refuse_older", "split_address"},
     "chainlora.showing": {"number"},
     "chainlora.training.objectives": {"check_names"},
-    "chainlora.training.progress": {"console_of_bars", "console_on_stderr"},
+    "chainlora.training.progress": {"console_of_bars", "console_on_stderr", "duration"},
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -190,9 +190,13 @@ def report(results: str, output: str | None, as_json: bool) -> None:
 )
 @click.option(
     "--seeds",
-    type=click.IntRange(min=1),
     show_default="the fewest that can decide: 6 for two methods, 7 for three or four",
-    help="Number of paired seeds.",
+    help="Number of paired seeds, or a list: 0,1.",
+)
+@click.option(
+    "--quick",
+    is_flag=True,
+    help="One seed, few rows and steps, to see in minutes that all works. It decides nothing.",
 )
 @click.option(
     "--learning-rates", help="Comma-separated; chosen on validation rows for each method."
@@ -215,7 +219,8 @@ def report(results: str, output: str | None, as_json: bool) -> None:
 def compare(
     arguments: tuple[str, ...],
     methods: str,
-    seeds: int | None,
+    seeds: str | None,
+    quick: bool,
     learning_rates: str | None,
     extend: int,
     output: str | None,
@@ -241,13 +246,15 @@ def compare(
         raise click.UsageError("--extend goes with --learning-rates (got none)")
     quiet()
     tree = read_config(file)
+    keys = [*_quick_keys(tree), *keys] if quick else keys
     config: Any = _sequence(tree, keys) if "stages" in tree else load_config(file, keys)
     own = tree.get("output") if "stages" in tree else config.output
-    output = os.path.expanduser(output or f"{Path(own or Path('runs', Path(file).stem))}-compare")
+    folder = f"{Path(own or Path('runs', Path(file).stem))}-{'quick' if quick else 'compare'}"
+    output = os.path.expanduser(output or folder)
     said = [f"cells and report in {output}"]
-    if seeds is None:
-        seeds, why = _fewest_seeds(len(named) - 1)
-        said.append(why)
+    if seeds is None and not quick:
+        fewest, why = _fewest_seeds(len(named) - 1)
+        seeds, said = str(fewest), [*said, why]
     show_progress = experiment_progress()
 
     def listener(record: Mapping[str, Any]) -> None:
@@ -259,7 +266,7 @@ def compare(
         made = run_compare(
             config,
             named,
-            range(seeds),
+            _seeds(seeds or "1"),
             Path(output),
             learning_rates=rates,
             extend=extend,
@@ -267,6 +274,32 @@ def compare(
             **options,
         )
     _show_report(made, as_json)
+    if quick:
+        to_stderr("chainlora: --quick decides nothing: few rows and steps; leave it out")
+
+
+def _quick_keys(tree: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return keys that leave few rows and steps of a config and of each of its stages."""
+    keys = list[tuple[str, str]]()
+    for section in tree.get("stages") or [tree]:
+        place = f"stages.{section['name']}." if "stages" in tree else ""
+        data, chain = ({**(tree.get(s) or {}), **(section.get(s) or {})} for s in ("data", "chain"))
+        ranks = chain.get("ranks")
+        steps = [4] * (len(ranks) if isinstance(ranks, list) else 1)
+        own = {"chain.epochs": "null", "chain.steps": f"{steps}", "data.num_train": "64"}
+        files = [s for s in ("validation", "test") if isinstance(data.get(s), str)]
+        own |= {f"data.num_{split}": "16" for split in files}
+        keys += [(place + key, value) for key, value in own.items()]
+    return keys
+
+
+def _seeds(text: str) -> Sequence[int]:
+    """Return the seeds of a list with commas, or as many as a number says."""
+    numbers = [word.strip() for word in text.split(",") if word.strip()]
+    if not all(map(str.isdecimal, numbers)) or not any(map(int, numbers)):
+        rule = "--seeds must be a number above 0, or seeds with commas between"
+        raise click.UsageError(f"{rule} (got {text!r})")
+    return list(map(int, numbers)) if "," in text else range(int(text))
 
 
 def _methods(

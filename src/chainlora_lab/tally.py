@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from chainlora.training.progress import console_of_bars, console_on_stderr
+from chainlora.training.progress import console_of_bars, console_on_stderr, duration
 
 
 def experiment_progress() -> Callable[[Mapping[str, Any]], None]:
@@ -32,11 +33,15 @@ def experiment_progress() -> Callable[[Mapping[str, Any]], None]:
         speed_estimate_period=86_400,  # seconds: a cell may take hours
     )
 
+    began, num_ended = time.monotonic(), 0
+
     def say(line: str, style: str | None = None) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True, style=style)
 
     def listen(record: Mapping[str, Any]) -> None:
+        nonlocal began, num_ended
         if record["event"] == "plan":
+            began, num_ended = time.monotonic(), 0
             say(_plan_in_words(record))
             for note in record["notes"]:
                 say(f"note: {note}", style="yellow")
@@ -48,7 +53,10 @@ def experiment_progress() -> Callable[[Mapping[str, Any]], None]:
             bar.update(bar.task_ids[-1], now="; ".join(record["running"]))
         elif record["event"] == "cell":
             bar.advance(bar.task_ids[-1])
-            say(f"{record['cell']}: {_outcome(record)}; {record['left']} to go")
+            num_ended += 1
+            seconds = (time.monotonic() - began) / num_ended * record["left"]
+            left = f", about {duration(seconds)} left" if record["left"] else ""
+            say(f"{record['cell']}: {_outcome(record)}; {record['left']} to go{left}")
         else:
             bar.stop()
             for name, error in record["failed"].items():

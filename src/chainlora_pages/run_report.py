@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from os.path import expanduser
 from pathlib import Path
@@ -20,6 +20,8 @@ from chainlora.runs.entries import BASE, MAIN
 from chainlora.runs.paths import exists_in, need_apart, split_address
 from chainlora.runs.state import OpenState
 from chainlora.showing import number
+from chainlora_pages.board.desk import Desk
+from chainlora_pages.board.right_table import answers_section
 from chainlora_pages.chain_charts import chain_pictures, stage_pictures
 from chainlora_pages.charts import Table, table_of
 from chainlora_pages.page import (
@@ -59,7 +61,8 @@ def report_runs(
         output: the file to write. Default: ``report.html``, in the directory of a single run or
             in the current directory.
         prompts: a number of the run's own rows, or a file of prompts. They are answered after 0,
-            1, … links, which loads the base model.
+            1, … links. None asks up to 20 trained rows of each run, now and before its last
+            change. Either loads the base; 0 asks nothing.
         max_new_tokens: of an answer.
         progress: called with a line about each state that answers.
 
@@ -76,22 +79,45 @@ def report_runs(
     if not (path.name == NAME and exists_in(path.parent)):
         need_apart(path)
     answered: dict[str, list[Answer]] = {}
-    if prompts is not None:
+    trained: Sequence[Section] = ()
+    if prompts is None:
+        trained = [part for run in facts for part in _trained_rows(run, progress)]
+    elif str(prompts) != "0":
         wanted = read_prompts(str(prompts), facts)
         keys: Any = {"max_new_tokens": max_new_tokens, "progress": progress}
         answered = {run.name: answers(run, wanted, **keys) for run in facts}
     make_folder(path.parent)
-    write_text(path, render(run_page(facts, answered)))
+    write_text(path, render(run_page(facts, answered, trained)))
     size = path.stat().st_size
     return {"output": str(path), "bytes": size, "runs": [str(run.path) for run in facts]}
 
 
-def run_page(runs: Sequence[RunFacts], answered: Mapping[str, Sequence[Answer]]) -> Page:
-    """Return the page about runs, and their answers by name of the run."""
+def _trained_rows(run: RunFacts, progress: Callable[[str], None] | None) -> Iterator[Section]:
+    """Yield the table of the board: trained rows with the answers now and before."""
+    try:
+        desk = Desk(run.path)
+        if run.state.key != desk.now.key:
+            return
+        if progress is not None:
+            progress(f"{run.name}: answers to trained rows (--prompts 0: none)")
+        found = answers_section(desk, [("got", desk.now.key), ("before", desk.before)])
+        yield replace(found, title=f"{run.name}: {found.title[0].lower()}{found.title[1:]}")
+    except ChainLoRAError as error:  # no base, or no questions: the report shows the rest
+        if progress is not None:
+            progress(f"{run.name}: no answers to trained rows: {error}")
+
+
+def run_page(
+    runs: Sequence[RunFacts],
+    answered: Mapping[str, Sequence[Answer]],
+    trained: Sequence[Section] = (),
+) -> Page:
+    """Return the page about runs: first tables of trained rows; answers by name of the run."""
     parts = _named_parts(runs)
     versions = {part.name: _versions(part) for part in parts}
     costs = {part.name: _costs(part) for part in parts}
     sections = [
+        *trained,
         _overview(runs),
         _by_run("Stages", runs, stage_blocks),
         _by_run("Answers", runs, lambda run: _answers(answered.get(run.name, ()))),

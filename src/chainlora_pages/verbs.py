@@ -26,7 +26,8 @@ from chainlora.runs.paths import refuse_older
     metavar="N|FILE",
     help="Show answers after 0, 1, ... links, or after each stage. N: to the first N rows of each "
     "data set of the run. FILE: to the prompts of a file (one per line, or JSONL rows with a "
-    "`prompt`). Loads the model.",
+    "`prompt`). 0: no answers, and the model is not loaded. Default: a table of up to 20 trained "
+    "rows, with the answers now and before.",
 )
 @click.option(
     "--max-new-tokens",

@@ -133,13 +133,20 @@ def test_a_batch_of_more_rows_than_there_are_is_said(config, caplog):
         assert (said in caplog.text) == (batch == 33)
 
 
-def test_what_was_trained_on_conversations_is_to_be_chatted_with(chainlora, tiny_folder, tmp_path):
+@pytest.mark.parametrize(("template", "questions"), [("null", 2), ("zephyr", 2), ("zephyr", 1)])
+def test_what_was_trained_on_conversations_is_to_be_chatted_with(
+    chainlora, tiny_folder, tmp_path, template, questions
+):
     said = [{"role": "user", "content": "cat"}, {"role": "assistant", "content": "mat"}]
     rows = [{"messages": [{**said[0], "content": word}, said[1]]} for word in ("red", "two")]
-    write_rows(tmp_path / "rows.jsonl", rows)
-    keys = "--chain.ranks 2 --chain.steps 1 --output run"
+    write_rows(tmp_path / "rows.jsonl", rows[:questions])
+    keys = f"--chain.ranks 2 --chain.steps 1 --output run --data.chat_template {template}"
     told = chainlora(f"train rows.jsonl --model {tiny_folder} {keys}").out.partition("next:\n")[2]
     assert told.splitlines()[0] == "  chainlora chat run"
     assert "generate" not in told
     asked = ("--prompt", "red", "--max-new-tokens", 8)
-    assert chainlora("generate", "run", *asked).out == chainlora("chat", "run", *asked).out
+    said = chainlora("generate", "run", *asked)
+    assert said.out == chainlora("chat", "run", *asked).out
+    assert said.err.startswith("chainlora: asked in the chat template, as the run's rows are")
+    raw, base = (chainlora("generate", r, *asked, "--raw") for r in ("run", "run@base"))
+    assert (raw.err, raw.status, base.status) == ("", 0, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from helpers import Stop, history_of, stage_dir, stopping
 from chainlora import extend, train
 from chainlora.config.staging import name_of_rows
 from chainlora.runs.addresses import open_run
+from chainlora.runs.history_file import read_history
 from chainlora.training.events import Planned
 
 
@@ -171,7 +173,20 @@ def test_a_stage_of_equal_rows_is_said_to_take_as_long_as_the_one_before(january
     stage = {"name": "again", "data": {"train": "january.jsonl"}, "chain": {"epochs": [10]}}
     extend(january, stage, listener=seen.append)
     (plan,) = (event for event in seen if isinstance(event, Planned))
-    assert plan.estimate == pytest.approx(before["wall_s"], rel=0.2)
+    after = plan.work_after * before["wall_s"] / before["tokens"]  # combining and scoring
+    assert after > 0
+    assert plan.estimate - after == pytest.approx(before["wall_s"], rel=0.2)
+
+
+def test_the_combination_before_tells_how_long_the_next_one_will_take(january, chainlora):
+    """And what took how long is told at the end."""
+    for place in (1, 2):
+        file = rows(f"{place}.jsonl", word=f"word{place}")
+        done = chainlora("extend", january, file, "--chain.steps", 2, "--train.lr", 1e-6)
+        assert re.search(r"2 steps, about 0:\d\d in all at the speed of the stage", done.err)
+        told = r"took \d:\d\d: training \d:\d\d, combining \d:\d\d, loading and scoring \d:\d\d\n"
+        assert re.search(told, done.err)
+    assert all(e.seconds > 0 for e in read_history(january).entries if e.kind == "combine")
 
 
 def test_from_python_and_as_a_list_of_json(tiny_folder, chainlora):

@@ -69,9 +69,11 @@ def test_the_command_line(run, sentiment, chainlora):
     assert set(differing) == {"prompt", "expected", "a", "b"}
     shown = chainlora(*words, "--prompts", "4").out
     assert f"{len(answers['b']['differ'])} of 4 answers differ; right: a" in shown
+    assert f"the weights differ by {found['total']['relative']:.1%}" in shown
+    whole = chainlora(*words, "--prompts", "4", "--weights").out
     for name, row in found["modules"].items():
-        assert name in shown
-        assert f"{row['relative']:.1%}" in shown
+        assert name not in shown
+        assert f"{row['relative']:.1%}" in whole[whole.index(name) :].splitlines()[0]
     rows = str(sentiment / "validation.jsonl")  # of the task of stage a
     whole = chainlora("diff", f"{run}@a", f"{run}@b", "--data", rows, "--json").json["answers"][""]
     scores = chainlora("eval", f"{run}@a", "--data", rows, "--json").json

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from conftest import write_rows
 
 from chainlora_lab import plan_experiment, read_results, report_experiment
 from chainlora_lab.planning import measured_power
@@ -53,8 +55,30 @@ def test_an_experiment_from_the_command_line(chainlora, base, written, sentiment
     assert chainlora(f"experiment run --output {out}").status == 2
 
 
+def test_compare_quick_reads_few_rows_in_one_seed_and_says_that_it_decides_nothing(
+    chainlora, tiny_folder, tmp_path
+):
+    rows = [{"prompt": f"{n} is", "completion": f" {n}"} for n in range(120)]
+    parts = {"train": rows[:90], "test": rows[90:]}
+    data = {name: str(write_rows(tmp_path / f"{name}.jsonl", parts[name])) for name in parts}
+    tree = {"model": str(tiny_folder), "start_data": "none", "chain": {"epochs": [50]}}
+    tree["stages"] = [{"name": name, "data": data} for name in "ab"]  # the same rows
+    (tmp_path / "stages.yaml").write_text(json.dumps(tree))
+    asked = f"compare {tmp_path}/stages.yaml --methods combine,replay --backend inline"
+    done = chainlora(f"{asked} --quick")
+    assert done.status == 0, done.err
+    assert "1 to go, about 0:" in done.err
+    assert done.err.endswith("--quick decides nothing: few rows and steps; leave it out\n")
+    cells = read_results("runs/stages-quick").finals
+    assert [cell["seed"] for cell in cells] == [0, 0]
+    lengths = {each["chain"]["steps"][0] for cell in cells for _, each in cell["config"]["stages"]}
+    assert lengths == {4}
+    for seeds in ("0", "a", "0,b"):
+        assert "a number above 0, or seeds with comm" in chainlora(f"{asked} --seeds {seeds}").err
+
+
 def test_compare_from_the_command_line(chainlora, config, finished, tmp_path):
-    two = f"compare {config} --methods lora,chain2 --seeds 2 --backend inline --output {tmp_path}"
+    two = f"compare {config} --methods lora,chain2 --seeds 0,1 --backend inline --output {tmp_path}"
     outcome = chainlora(f"{two}/out")
     assert outcome.status == 0, outcome.err
     assert "too few pairs to compare chain2 with lora" in outcome.out  # two seeds decide nothing

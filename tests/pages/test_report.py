@@ -32,6 +32,7 @@ from chainlora.config.staging import make_stages
 from chainlora.evaluation.stage_scores import stage_matrix
 from chainlora.training.stages import train_stages
 from chainlora_pages import report_runs
+from chainlora_pages.board.desk import Desk
 from chainlora_pages.chain_charts import chain_pictures, stage_pictures
 from chainlora_pages.charts import short
 from chainlora_pages.page import render
@@ -67,7 +68,7 @@ def said(page: str) -> list[list[str]]:
 def test_one_file_that_needs_nothing_else_with_the_numbers_of_the_files(
     chainlora, finished, tmp_path
 ):
-    done = chainlora("report", finished, "--json").json
+    done = chainlora("report", finished, "--json", "--prompts", 0).json
     page = Path(done["output"])
     assert page == finished / "report.html"
     assert done["bytes"] == page.stat().st_size < 3e6
@@ -80,7 +81,8 @@ def test_one_file_that_needs_nothing_else_with_the_numbers_of_the_files(
     assert "Answers" not in text
     assert (text.count("<figure"), text.count("<details><summary>Table: ")) == (9, 7)
     again = tmp_path / "again.html"
-    assert chainlora("report", finished, "--output", again).out.startswith(f"{again} (")
+    words = ("report", finished, "--output", again, "--prompts", 0)
+    assert chainlora(*words).out.startswith(f"{again} (")
     assert again.read_bytes() == page.read_bytes()  # the same run, the same bytes
     records = records_of(finished)
     heads, *rows = table(text, "Loss over the steps")
@@ -105,6 +107,29 @@ def test_one_file_that_needs_nothing_else_with_the_numbers_of_the_files(
                 b = tensors[key.replace("lora_A", "lora_B")]
                 total += float(((scaling * b @ tensors[key]) ** 2).sum())
             assert float(layers[layer][1 + link]) == pytest.approx(np.sqrt(total), rel=1e-3)
+
+
+def test_a_report_leads_with_the_table_that_the_board_shows_after_training(
+    chainlora, finished, tmp_path
+):
+    shutil.copytree(finished, run := tmp_path / "run")
+    done = chainlora("report", run)
+    assert (done.status, done.err) == (0, "run: answers to trained rows (--prompts 0: none)\n")
+    text = (run / "report.html").read_text(encoding="utf-8")
+    heads, *rows = table(text, "Answers to rows of the data")
+    assert heads == ["question", "expected", "got", "before"]
+    desk = Desk(run)
+    asked = desk.replies([desk.now.key, desk.before])
+    assert [row[:2] for row in rows] == [[each.prompt, each.expected] for each in asked]
+    right = sum(bool(each.answers[0].is_right) for each in asked)
+    assert f"{right} of {len(asked)} right; before " in text
+    assert text.index("Answers to rows") < text.index(">Overview</h2>")
+    json_of = json.loads((run / "history.json").read_text())
+    json_of["base"]["model"] = "nowhere"
+    (run / "history.json").write_text(json.dumps(json_of))
+    done = chainlora("report", run)  # without the base it shows the rest
+    assert done.status == 0
+    assert "run: no answers to trained rows: " in done.err
 
 
 def test_answers_after_each_link_are_those_of_generate(chainlora, finished, tmp_path):

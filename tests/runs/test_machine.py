@@ -202,7 +202,8 @@ class Commands(RuleBasedStateMachine):
         history = read_history(self.run)
         found = {entry.digest: entry.state for entry in history.entries}
         assert found.items() >= self.built.items()  # nothing that was built is lost
-        self.built = found
+        is_erasing = any(version.marks for version in history.versions)  # a prune was killed
+        self.built = {} if is_erasing else found
         for entry in history.entries:
             state = state_at(self.run, history, entry.key)
             state.verify()

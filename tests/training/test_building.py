@@ -43,7 +43,11 @@ def test_rule_1_what_is_not_built_is_not_what_the_run_is(only_a, sentiment, tmp_
     assert checksums(tmp_path / "meanwhile") == checksums(tmp_path / "before")
     assert open_run(only_a).key == "after-b"
     killed("stage", only_a, section(sentiment, "c"))
-    chainlora("generate", f"{only_a}@c", "--prompt", "x").refused("'c', which has not ended,")
+    words = ("--prompt", "x", "--max-new-tokens", 1)
+    finish = f"chainlora train {only_a} finishes it"
+    chainlora("generate", f"{only_a}@c", *words).refused("'c', which has not ended,", finish)
+    said = chainlora("chat", only_a, *words)  # the run answers as before
+    assert (said.status, f"to do: train c; combine a, b, c. {finish}\n" in said.err) == (0, True)
     assert [(each["name"], each["kind"]) for each in log(only_a)][:1] == [("c", "declared")]
 
 

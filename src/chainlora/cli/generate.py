@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import click
 from chainlora.cli.common import (
     check_run_or_model,
     dtype_option,
+    is_run,
     json_option,
     links_option,
     print_json,
@@ -20,6 +22,7 @@ from chainlora.cli.common import (
     to_stderr,
 )
 from chainlora.errors import DataError
+from chainlora.runs.paths import split_address
 
 if TYPE_CHECKING:
     from chainlora.evaluation.generation import Message, Speaker
@@ -63,12 +66,13 @@ def _speaking_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.command
 @_speaking_options
 @click.option("--prompt", help="Text to continue. Default: read from stdin.")
+@click.option("--raw", is_flag=True, help="Continue the text as it is, without a chat template.")
 @json_option
-def generate(run_or_model: str, prompt: str | None, as_json: bool, **keys: Any) -> None:
+def generate(run_or_model: str, prompt: str | None, raw: bool, as_json: bool, **keys: Any) -> None:
     """Continue a text with a run or a model.
 
     The output is streamed. If the run's rows are chats, the text is written into the chat template
-    as a question, unless it is in the template already.
+    as a message of the user, unless it is in the template already.
     """
     check_run_or_model(run_or_model, keys["links"])
     if prompt is None:
@@ -77,9 +81,13 @@ def generate(run_or_model: str, prompt: str | None, as_json: bool, **keys: Any) 
             raise click.UsageError("Missing option '--prompt' (or a text on stdin)")
         prompt = stdin.read()
     speaker, facts = _speaker(run_or_model, **keys)
-    is_known = facts is None or facts.has(prompt)
+    is_known = raw or facts is None or facts.has(prompt)
     is_question = facts is not None and facts.is_chat and not is_known
-    if facts is not None and not is_known and not is_question:
+    if is_question:
+        to_stderr(
+            "chainlora: asked in the chat template, as the run's rows are; --raw leaves it out"
+        )
+    elif facts is not None and not is_known:
         other = ""
         if facts.has(prompt.rstrip("\r\n")):  # `echo` adds a line break
             other = "; remove the line break at the end of the prompt"
@@ -195,9 +203,21 @@ def _speaker(
     from chainlora.runs.exported import load_run_or_model
 
     model, tokenizer = load_run_or_model(run_or_model, num_links=links, dtype=dtype)
+    _tell_of_work(run_or_model)
     facts = training_rows(run_or_model, tokenizer)
     decoding = Decoding(temperature, top_p, max_new_tokens or answer_limit(facts), seed)
     return Speaker(model, tokenizer, decoding), facts
+
+
+def _tell_of_work(run_or_model: str) -> None:
+    """Tell what a run lacks of its plan: until it is done, the run answers as before."""
+    from chainlora.runs.changes import work_left
+    from chainlora.runs.history_file import read_history
+
+    folder, name = split_address(run_or_model)
+    if is_run(run_or_model) and name is None and (left := work_left(read_history(folder))):
+        finish = f"chainlora train {shlex.quote(run_or_model)} finishes it"
+        to_stderr(f"chainlora: {run_or_model} is unfinished, to do: {'; '.join(left)}. {finish}")
 
 
 def _show(pieces: Iterable[str]) -> None:

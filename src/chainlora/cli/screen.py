@@ -94,8 +94,25 @@ def show_inspection(inspection: Mapping[str, Any], *, is_whole: bool = True) -> 
         console.print(text, highlight=False)
 
 
-def show_difference(difference: Mapping[str, Any]) -> None:
-    """Print the result of `chainlora.diff`: a row per module, the total, answers that differ."""
+def show_difference(difference: Mapping[str, Any], *, has_modules: bool) -> None:
+    """Print the result of `chainlora.diff`: answers that differ, then the weights."""
+    parts: list[Any] = [f"a: {difference['a']}, b: {difference['b']}, on {difference['base']}"]
+    for stage, row in difference["answers"].items():
+        parts.append(_answer_counts(stage, row))
+        for answers in row["differ"]:
+            parts += [f"  {name}: {' '.join(str(text).split())}" for name, text in answers.items()]
+            parts.append("")
+    if has_modules:
+        parts.append(_module_table(difference))
+    else:
+        relative = difference["total"]["relative"]
+        parts.append(f"the weights differ by {relative:.1%}; --weights lists the modules")
+    wide = Terminal(width=max(Terminal().width, 140))
+    for part in parts:
+        wide.print(part, highlight=False, markup=False, soft_wrap=isinstance(part, str))
+
+
+def _module_table(difference: Mapping[str, Any]) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=0)
     for head in ("module", "‖a‖", "‖b‖", "‖a − b‖", "relative", "rank"):
         table.add_column(head, justify="left" if head == "module" else "right", no_wrap=True)
@@ -103,19 +120,7 @@ def show_difference(difference: Mapping[str, Any]) -> None:
         table.add_row(escape(name), *_norms(row))
     table.add_section()
     table.add_row("all", *_norms(difference["total"]))
-    console = Terminal()
-    wide = Terminal(width=max(console.width, 140))
-    parts: list[Any] = [
-        f"a: {difference['a']}, b: {difference['b']}, on {difference['base']}",
-        table,
-    ]
-    for stage, row in difference["answers"].items():
-        parts.append(_answer_counts(stage, row))
-        for answers in row["differ"]:
-            parts += [f"  {name}: {' '.join(str(text).split())}" for name, text in answers.items()]
-            parts.append("")
-    for part in parts:
-        wide.print(part, highlight=False, markup=False, soft_wrap=isinstance(part, str))
+    return table
 
 
 def _norms(row: Mapping[str, Any]) -> list[str]:

@@ -267,21 +267,10 @@ def _train_on(run: str, dry_run: bool, as_json: bool, *, model: str, output: str
 def _show_work(run: Path, as_json: bool) -> None:
     """Print what the plan of a run still lacks."""
     quiet()
+    from chainlora.runs.changes import work_left
     from chainlora.runs.history_file import read_history
-    from chainlora.runs.keys import Made
 
-    history = read_history(run)
-    made, recipes = Made(history), history.recipes()
-    due = dict.fromkeys(recipe for each in recipes.wanted for recipe in made.unmade(each))
-    verbs = {"start": "keep rows of the base", "combine": "combine"}
-    names = [
-        f"train {r.stage.name}"
-        if r.stage is not None
-        else f"combine {', '.join(p.stage.name for p in r.parents if p.stage is not None)}"
-        if r.kind == "combine"
-        else verbs[r.kind]
-        for r in due
-    ]
+    names = work_left(read_history(run))
     if as_json:
         print_json({"run": str(run), "would": names})
         return

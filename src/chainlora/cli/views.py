@@ -63,13 +63,18 @@ def inspect(run: str, as_json: bool) -> None:
     type=click.IntRange(min=1),
     help="Most tokens of an answer.  [default: twice those of the longest right one, at least 32]",
 )
+@click.option(
+    "--weights",
+    is_flag=True,
+    help="Also list the modules: the Frobenius norms of both updates and of their difference, the "
+    "difference relative to the larger norm, and its rank.",
+)
 @json_option
-def diff(a: str, b: str, as_json: bool, **options: Any) -> None:
-    """Compare the weights and the answers of two states on one base.
+def diff(a: str, b: str, weights: bool, as_json: bool, **options: Any) -> None:
+    """Compare the answers and the weights of two states on one base.
 
     The states can be of one run or of two: chainlora diff runs/mine@facts runs/mine. RUN@base is
-    the base. For each module the table shows the Frobenius norms of both updates and of their
-    difference, the difference relative to the larger norm, and the rank of the difference.
+    the base.
     """
     for run in (a, b):
         need_run(run)
@@ -81,7 +86,7 @@ def diff(a: str, b: str, as_json: bool, **options: Any) -> None:
     if as_json:
         print_json(difference)
     else:
-        show_difference(difference)
+        show_difference(difference, has_modules=weights)
 
 
 @click.command

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -148,7 +149,7 @@ def build_combination(
 ) -> None:
     """Solve a combination, save its link, and write its entry."""
     history, recipe = read_history(run), due.recipe
-    how = recipe.how or How()
+    how, began = recipe.how or How(), time.monotonic()
     # sorted: the order of summation, and so the bits, must not depend on the order of names
     states = [state_at(run, history, name) for name in due.parents]
     states = sorted(states, key=lambda state: state.state.digest)
@@ -167,7 +168,8 @@ def build_combination(
     files.remove_scratch(run / "links", COMBINED)  # left by a kill; the run is held
     digest, facts = save_link(run, link, history.base, COMBINED)
     state = State(base=history.base.fingerprint, links=(digest,))
-    entry = due.entry(state, distances=dict(point.distances))
+    seconds = round(time.monotonic() - began, 1)
+    entry = due.entry(state, distances=dict(point.distances), seconds=seconds)
     update_history(run, lambda now: now.added(entry, {digest: facts}))
     files.remove(folder)
 
@@ -310,6 +312,11 @@ def _rows_of(
         ]
         for state in states
     ]
+
+
+def tokens_read(kept: Mapping[str, Kept]) -> int:
+    """Return the number of tokens that a combination of these entries reads."""
+    return sum(len(row) for key, rows in kept.items() for row in _sample(rows, key == START))
 
 
 def _sample(kept: Kept, is_start: bool) -> Iterator[list[int]]:

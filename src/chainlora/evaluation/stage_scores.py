@@ -75,6 +75,11 @@ class Cell:
     rows: int  # scored
     of: int  # rows in the split when the stage was trained
 
+    @property
+    def shown(self) -> float:
+        """Return the value, of a loss the perplexity."""
+        return math.exp(min(self.value, 700)) if self.metric == "loss" else self.value
+
 
 _CELL = TypeAdapter(Cell)
 
@@ -139,25 +144,34 @@ class StageMatrix:
         grid = [[row[place] for place in places] for row in self.grid]
         return StageMatrix([self.stages[place] for place in places], self.states, grid)
 
-    def harm(self) -> str:
-        """Return a sentence if rows of the start score worse by a factor of `WORSE`, else "".
+    def harm(self, place: int = -1) -> str:
+        """Return a sentence if a state scores rows of the start worse by a factor of `WORSE`.
 
-        Losses are compared by their perplexity.
+        The state is by default the last. Losses are compared by their perplexity.
         """
         if BASE not in self.stages:
             return ""
         column = self.stages.index(BASE)
-        before, after = self.grid[self.states.index(BASE)][column], self.grid[-1][column]
+        before, after = self.grid[self.states.index(BASE)][column], self.grid[place][column]
         if before is None or after is None:
             return ""
-        metric, first, last = before.metric, before.value, after.value
-        if metric == "loss":
-            metric, first, last = "perplexity", math.exp(min(first, 700)), math.exp(min(last, 700))
+        first, last = before.shown, after.shown
         low, high = (last, first) if is_higher_better(before.metric) else (first, last)
         if not high > WORSE * low:
             return ""
+        metric = "perplexity" if before.metric == "loss" else before.metric
         verb = "rose" if last > first else "fell"
         return f"{metric} of {BASE}'s rows {verb} from {first:.3g} to {last:.3g}"
+
+    def restored(self) -> str:
+        """Return a sentence if the last state does not harm rows of the start as earlier ones."""
+        harms = [self.harm(place) for place in range(len(self.states))]
+        last = next((place for place in reversed(range(len(harms))) if harms[place]), None)
+        if last is None or harms[-1]:
+            return ""
+        now = self.grid[-1][self.stages.index(BASE)]
+        back = "" if now is None else f", and is back at {now.shown:.3g} in {self.states[-1]}"
+        return f"{harms[last]} in {self.states[last]}{back}"
 
     def as_dict(self) -> dict[str, Any]:
         cells = [[cell and asdict(cell) for cell in row] for row in self.grid]

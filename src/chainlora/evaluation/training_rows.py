@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from chainlora.config.schema import RunConfig
 from chainlora.data.kept import Kept
+from chainlora.data.templates import without_markup
 from chainlora.errors import RunError
 from chainlora.runs.addresses import Address, open_run
 from chainlora.runs.exported import config_of_export
@@ -22,13 +23,13 @@ _ROWS = 200  # rows of a stage to read: they are decoded in a fraction of a seco
 class RowFacts(NamedTuple):
     """Common properties of the kept training rows of a run."""
 
-    endings: tuple[str, ...]  # of the prompts, by stage; empty if one stage has no common ending
+    endings: tuple[str, ...]  # of the prompts, by stage; without chats, empty if a stage has none
     longest_answer: int  # in tokens, with its end
     is_chat: bool  # a chat template wrote the prompts
 
     def has(self, prompt: str) -> bool:
         """Say whether a prompt ends like the prompts of a stage."""
-        return not self.endings or prompt.endswith(self.endings)
+        return prompt.endswith(self.endings) if self.endings else not self.is_chat
 
 
 def training_rows(run_or_model: Address, tokenizer: Any) -> RowFacts | None:
@@ -48,12 +49,15 @@ def training_rows(run_or_model: Address, tokenizer: Any) -> RowFacts | None:
     stages = [rows for rows in prompted if rows]
     if not stages:
         return None
-    texts = [{str(tokenizer.decode(row.prompt)) for row in rows} for rows in stages]
-    endings = {common_ending(prompts) for prompts in texts}
+    texts = [[str(tokenizer.decode(row.prompt)) for row in rows] for rows in stages]
+    endings = {common_ending({*prompts}) for prompts in texts}
     answers = [max(map(len, row.sequences)) - len(row.prompt) for rows in stages for row in rows]
     special = tokenizer.all_special_tokens
     is_chat = any(str(token) in ending for ending in endings for token in special)
-    return RowFacts(() if "" in endings else tuple(sorted(endings)), max(answers), is_chat)
+    # markup can be plain text, as in the templates zephyr and alpaca
+    is_chat = is_chat or any(without_markup(tokenizer, prompts[0]) is not None for prompts in texts)
+    known = endings - {""} if is_chat or "" not in endings else ()
+    return RowFacts(tuple(sorted(known)), max(answers), is_chat)
 
 
 def answer_limit(facts: RowFacts | None) -> int:

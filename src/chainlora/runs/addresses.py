@@ -63,8 +63,10 @@ def state_at(run: Path, history: History, name: str | None = None) -> OpenState:
         entry = next(iter(states.values())) if len(states) == 1 else None
     if entry is None and key not in (BASE, START):
         names = ", ".join(e.key for e in history.entries) or BASE
-        unbuilt = ", which has not ended," if key in history.plan().names else ""
-        remedy = f"name one; chainlora log {shlex.quote(str(run))} shows all states"
+        place, unbuilt = shlex.quote(str(run)), ""
+        remedy = f"name one; chainlora log {place} shows all states"
+        if key in history.plan().names:
+            unbuilt, remedy = ", which has not ended,", f"chainlora train {place} finishes it"
         raise RunError(f"a stage must be one of {names}", f"{key!r}{unbuilt} for {run}", remedy)
     return OpenState(run, history, history.empty if entry is None else entry.state, entry)
 

@@ -20,7 +20,7 @@ from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.keys import Made
 from chainlora.runs.locks import Scratch, writing
 from chainlora.runs.paths import split_address
-from chainlora.runs.recipes import How
+from chainlora.runs.recipes import How, Recipe
 from chainlora.runs.state import OpenState
 
 MATRIX = "matrix.jsonl"  # scores by digests of states (`evaluation.stage_scores`)
@@ -71,7 +71,20 @@ def undo(run: str | Path, to: str | None = None) -> OpenState:
 
 def has_work(history: History) -> bool:
     """Say whether a run lacks something that its plan wants."""
-    return Made(history).due(history.recipes().wanted) is not None
+    return bool(work_left(history))
+
+
+def work_left(history: History) -> list[str]:
+    """Return what a run lacks of its plan, such as "train facts", in the order of the work."""
+    made, wanted = Made(history), history.recipes().wanted
+    return [_named(r) for r in dict.fromkeys(r for each in wanted for r in made.unmade(each))]
+
+
+def _named(recipe: Recipe) -> str:
+    if recipe.stage is not None:
+        return f"train {recipe.stage.name}"
+    parts = ", ".join(part.stage.name for part in recipe.parents if part.stage is not None)
+    return f"combine {parts}" if recipe.kind == "combine" else "keep rows of the base"
 
 
 def earlier_of(history: History) -> dict[str, int]:

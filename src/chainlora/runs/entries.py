@@ -122,6 +122,7 @@ class Entry(Part):
     folder: str = ""  # in ``stages``, if its name is not the key
     ended: str = ""  # when, in UTC
     distances: dict[Name, float] = Field(default={})  # of a combination, from each part
+    seconds: float = 0.0  # that a combination took, for estimates of the next one
 
     @property
     def parent(self) -> str:

@@ -100,7 +100,8 @@ class EntryBuilt(Event):
 
 @dataclass(frozen=True, eq=False)
 class ForgettingHeld(Event):
-    """The check of `max_forgetting` passed; not in ``metrics.jsonl``."""
+    """The check of `max_forgetting` passed, or a combination restored general ability; not in
+    ``metrics.jsonl``."""
 
     name = "held"
     told: str  # the scores before and after, as a sentence
@@ -120,7 +121,8 @@ class Planned(Event):
     data: Mapping[str, Mapping[str, Any]]  # counts of rows by split (`Splits.report`)
     evaluations: Sequence[int] = ()  # steps, in order, after which the validation rows are scored
     log_every: int | None = None  # `train.log_every`
-    estimate: float | None = None  # seconds, at the speed of the stage before
+    estimate: float | None = None  # seconds to the end, at the speed of the stage before
+    work_after: float = 0.0  # combining and scoring behind the last step, in tokens of training
 
 
 @dataclass(frozen=True, eq=False)

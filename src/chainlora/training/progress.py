@@ -38,6 +38,7 @@ from chainlora.training.events import (
 _LINES = 10  # lines in a run without `train.log_every`
 _RECENT, _ENOUGH = 25, 5  # most and fewest steps for the time left, a median: first steps are slow
 _SILENCE = 60.0  # seconds after which a line is printed in any case
+_WORK = {"stage": "training", "combine": "combining", "import": "importing"}
 OFTEN = 10.0  # seconds between lines while rows are read or layers solved
 
 
@@ -52,6 +53,7 @@ def progress_listener(is_verbose: bool = False) -> Iterator[Listener]:
     listener = _Listener(is_verbose)
     try:
         yield listener
+        listener.tell_times()
     finally:
         listener.reading.stop()
         listener.bar.stop()
@@ -111,7 +113,16 @@ class _Listener:
             **bars,
         )
         self.splits: dict[str, Any] = {}
-        self.last_event = self.last_line = time.monotonic()
+        self.began = self.last_event = self.last_line = time.monotonic()
+        self.built = dict[str, float]()  # seconds by kind of work
+
+    def tell_times(self) -> None:
+        """Print what took how long, if entries were built."""
+        if self.built:
+            whole = time.monotonic() - self.began
+            parts = self.built | {"loading and scoring": whole - sum(self.built.values())}
+            told = ", ".join(f"{what} {duration(seconds)}" for what, seconds in parts.items())
+            self._print(f"took {duration(whole)}: {told}")
 
     def _print(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -141,6 +152,9 @@ class _Listener:
                     f"step {event.step:>5}  link {event.link} tied "
                     f"(rounding changed the function by {event.function_change:.1e})"
                 )
+            case EntryBuilt() if (what := _WORK.get(event.kind)) and event.entry != START:
+                self.built[what] = self.built.get(what, 0.0) + event.seconds
+        match event:
             case StageBegins() | EntryBuilt() | ForgettingHeld() | AlreadyFinished():
                 if line := self._line_of(event):
                     self._print(line)
@@ -156,11 +170,11 @@ class _Listener:
                 return f"stage {event.stage}{', beside the others' * event.beside}{resumed}"
             case EntryBuilt(kind="combine"):
                 details = f"; {event.told}" if self.is_verbose else ""
-                return f"{event.entry}: combined in {_duration(event.seconds)}{details}"
+                return f"{event.entry}: combined in {duration(event.seconds)}{details}"
             case EntryBuilt(kind="import") if event.entry != START:
-                return f"{event.entry}: imported in {_duration(event.seconds)}"
+                return f"{event.entry}: imported in {duration(event.seconds)}"
             case EntryBuilt(kind="stage"):
-                return f"stage {event.entry}: trained in {_duration(event.seconds)}"
+                return f"stage {event.entry}: trained in {duration(event.seconds)}"
             case ForgettingHeld():
                 return event.told
             case AlreadyFinished():
@@ -192,13 +206,13 @@ class _Listener:
                 bar.remove_task(task)
         self.log_every = event.log_every
         self.total, self.evaluations = event.num_steps, event.evaluations
-        self.num_links = len(event.lengths)
+        self.num_links, self.work_after = len(event.lengths), event.work_after
         lengths = self._lengths(event.lengths)
         resumed = f", resuming after step {event.step}" if event.step else ""
         rows = f"{event.rows} training row{'s' * (event.rows != 1)}"
         estimate = ""
         if event.estimate is not None and not event.step:
-            estimate = f", about {_duration(event.estimate)} at the speed of the stage before"
+            estimate = f", about {duration(event.estimate)} in all at the speed of the stage before"
         self._print(f"{rows}, {event.num_steps} steps{lengths}{resumed}{estimate}")
         for split, counts in event.data.items():
             for line in _lines_of_split(counts):
@@ -228,9 +242,9 @@ class _Listener:
     def _step(self, event: StepDone) -> None:
         """Update the bar, or print a line if one is due."""
         self.seconds.append(event.seconds)
-        left = self._left(event.step)
         self.loss = _smoothed(self.loss, event.loss)
         self.speed = _smoothed(self.speed, event.tokens / max(event.seconds, 1e-9))
+        left = self._left(event.step)
         link = self._link(event.link)
         rate = f", lr {event.learning_rate:.1e}" if self.is_verbose else ""
         self.bar.update(
@@ -254,14 +268,14 @@ class _Listener:
             )
 
     def _left(self, step: int) -> str:
-        """Return the estimated time of the remaining steps and evaluations, "" after few steps."""
+        """Return the estimated time of the remaining work, "" after few steps."""
         if step >= self.total or len(self.seconds) < min(_ENOUGH, self.total):
             return ""
-        seconds = median(self.seconds) * (self.total - step)
+        seconds = median(self.seconds) * (self.total - step) + self.work_after / (self.speed or 1.0)
         if self.evaluation_seconds:
             remaining = len(self.evaluations) - bisect_left(self.evaluations, step)
             seconds += median(self.evaluation_seconds) * remaining
-        return f"{_duration(max(seconds, 1))} left"
+        return f"{duration(max(seconds, 1))} left"
 
     def _evaluated(self, event: Evaluated) -> None:
         """Print the validation scores, and when they were measured."""
@@ -293,7 +307,8 @@ def _lines_of_split(counts: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return seconds as minutes and seconds, with hours if there are some."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -455,15 +455,17 @@ def build_run(
 
 
 def score(run: Path, listener: Listener, base: OpenBase | None) -> None:
-    """Score kept rows in all states without a score; warn if general ability fell."""
+    """Score kept rows in states without a score; tell if general ability fell, or came back."""
     if is_first_launched():
         state, place = open_run(run), shlex.quote(str(run))
         if len(state.columns) > 1 and state.keepers:
             of = columns_after_training(state)
             matrix = stage_matrix(state, progress=reader(listener), of=of, base=base)
             if harm := matrix.harm():
-                remedy = f"chainlora combine {place} combines it with the base"
+                remedy = f"chainlora combine {place} combines it with the base, as extend does"
                 if not has_general(state) or any(e.kind == "combine" for e in state.lineage):
                     remedy = f"chainlora undo {place} takes the last step back"
                 logger.warning("%s: %s; %s", harm, HARM, remedy)
+            elif told := matrix.restored():
+                listener(ForgettingHeld(0, told))
     wait_for_all()
