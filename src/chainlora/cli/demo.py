@@ -148,14 +148,8 @@ def _prompt(system: str, question: str) -> list[dict[str, str]]:
 def _train(folder: Path, rows: Mapping[str, str], echo: Callable[[str], object]) -> None:
     """Train the runs `on-top` and `faq`, and make `pruned` from the latter."""
     first, *later = (month for month in rows if month != "base")
-    config = {
-        "model": _MODEL,
-        "data": {"train": rows[first]},
-        "chain": _CHAIN,
-        "train": _TRAIN,
-        "start_data": {"train": rows["base"]},
-        "output": str(folder / "faq"),
-    }
+    config = {"model": _MODEL, "chain": _CHAIN, "train": _TRAIN, "output": str(folder / "faq")}
+    config |= {"data": {"train": rows[first]}, "start_data": {"train": rows["base"]}}
     with _timed(f"{first}: trained", echo):
         train_stages([Stage(first, make_config(config))], matrix=False)
     shutil.copytree(folder / "faq", folder / "on-top")
