@@ -157,7 +157,7 @@ def test_a_notebook_runs_and_runs_again(path, tiny_folder, tmp_path, monkeypatch
 
     monkeypatch.setenv("CHAINLORA_MODEL", str(tiny_folder))
     monkeypatch.setenv("PYTHONWARNINGS", "ignore")
-    for name in ("dates", "times"):
+    for name in ("dates", "shop", "times"):
         shutil.copytree(ROOT / "examples" / name, tmp_path / name)
     (tmp_path / "notebooks").mkdir()
     place = {"metadata": {"path": str(tmp_path / "notebooks")}}

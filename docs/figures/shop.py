@@ -1,4 +1,4 @@
-"""The picture of the demo: what three models answer to a shop's questions, and to ordinary ones."""
+"""The picture of the demo: what three models answer to a shop's questions, and an update."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from typing import Any
 
 from card import EDGE, WIDTH, Card
 
+from chainlora.cli.demo import newest_answers
+
 HEADS = ("trained on top", "extend", "february pruned")
+UPDATED = {  # questions, and what the update did to their rows
+    "Is there a newsletter?": "corrected",
+    "Which lamp did Mia Holm order?": "erased; verify finds no such row",
+}
 ASKED = ("Where is your shop?", "How do I reset the Luma lamp?", "Do you sell gift cards?")
 KINDS = {"✓": "green", "✗": "vermilion", "–": "soft"}  # –: taken out
 LETTERS = 19  # of a line of an answer, in a third of the card
@@ -33,18 +39,9 @@ def demo(found: dict[str, Any] | None = None) -> str:
     """Return the picture as an SVG."""
     found = found or answers()
     shop = json.loads(files("chainlora.cli").joinpath("shop.json").read_text("utf-8"))
-    learned: dict[str, str] = {}
-    for month in shop["months"].values():
-        learned |= month
+    learned = newest_answers(shop)
     card = Card(0, "What a model answers after three months of a shop's FAQ, learned in three ways")
-    y = _heads(card)
-    months = found["right"]
-    for place in range(len(HEADS)):
-        for line, (month, right) in enumerate(months.items()):
-            count = [*right.values()][place]
-            card.text(_x(place), y + 39 + LINE * line, f"{month.capitalize()}: {count}")
-    card.text(EDGE, y + 20, "Right answers, of eight a month", kind="soft")
-    y += 30 + LINE * len(months)
+    y = _counts(card, found, _heads(card, HEADS, 78))
     for question in ASKED:
         told = [*found["answers"][question].values()]
         marks = ["✓" if text == learned[question] else "✗" for text in told]
@@ -54,19 +51,40 @@ def demo(found: dict[str, Any] | None = None) -> str:
         cells = [f"{mark} {text}" for mark, text in zip(marks, told, strict=True)]
         kinds = [KINDS[mark] for mark in marks]
         y = _row(card, y, f"{month.capitalize()}: {question}", cells, kinds)
-    for question in shop["ordinary"][1:]:
-        cells = list(found["answers"][question].values())
-        y = _row(card, y, question, cells, ["ink"] * 3)
-    card.height = y + 6
+    question = shop["ordinary"][-1]
+    y = _row(card, y, question, [*found["answers"][question].values()], ["ink"] * 3)
+    card.height = _updated(card, found, y) + 6
     return card.svg()
 
 
-def _heads(card: Card) -> float:
+def _updated(card: Card, found: dict[str, Any], y: float) -> float:
+    """Draw the answers before and after the update; return where they end."""
+    assert found["differences"] == []  # the picture says that `verify` finds none
+    card.line(EDGE, y, WIDTH - EDGE, y, "grid")
+    y = _heads(card, ("before update", "after update", "row of March"), y + 22)
+    for question, done in UPDATED.items():
+        cells = [*found["updated"][question].values(), done]
+        y = _row(card, y, question, cells, ["ink", "ink", "green"])
+    return y
+
+
+def _heads(card: Card, heads: tuple[str, ...], y: float) -> float:
+    for place, head in enumerate(heads):
+        card.text(_x(place), y, head, bold=True)
+    return y + 10
+
+
+def _counts(card: Card, found: dict[str, Any], y: float) -> float:
+    """Draw the title and how many answers are right; return where they end."""
     card.text(EDGE, 28, "A shop's FAQ, a month at a time", bold=True, size=16)
-    card.text(EDGE, 49, "SmolLM2-135M-Instruct, asked what it was trained on", kind="soft")
-    for place, head in enumerate(HEADS):
-        card.text(_x(place), 78, head, bold=True)
-    return 88
+    card.text(EDGE, 49, "Answers of SmolLM2-135M-Instruct, after March", kind="soft")
+    about = "Right, of eight trained questions + of eight other phrasings"
+    card.text(EDGE, y + 20, about, kind="soft")
+    for line, (month, right) in enumerate(found["right"].items()):
+        for place, way in enumerate(right):
+            count = f"{month.capitalize()}: {right[way]} + {found['unseen'][month][way]}"
+            card.text(_x(place), y + 39 + LINE * line, count)
+    return y + 30 + LINE * len(found["right"])
 
 
 def _row(card: Card, y: float, head: str, cells: list[str], kinds: list[str]) -> float:

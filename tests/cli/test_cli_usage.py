@@ -112,23 +112,38 @@ def test_the_demo_leaves_a_directory_in_use_alone(chainlora, smollm2_folder, cac
     refused.refused("`output` must be a new or empty directory (got ")
 
 
-def test_the_demo_asks_three_models(chainlora, cache, tmp_path, monkeypatch):
+def test_the_demo_asks_three_models_and_erases_a_customer(chainlora, cache, tmp_path, monkeypatch):
     model = make_tiny_folder(tmp_path / "model", max_position_embeddings=512)  # bytes are tokens
     monkeypatch.setattr("chainlora.cli.demo._MODEL", str(model))
     monkeypatch.setenv("HOME", str(tmp_path))
     shown = chainlora("demo", "--output", "~/run", "--json")
     assert list(shown.json["right"]) == ["january", "february", "march"]
     ways = ["on-top", "faq", "pruned"]
-    assert len(shown.json["answers"]) == 26  # one of 24 has two answers; three are ordinary
-    for row in (*shown.json["right"].values(), *shown.json["answers"].values()):
-        assert list(row) == ways
+    # one of 24 has two answers; 23 other phrasings, two of a customer, three ordinary
+    assert len(shown.json["answers"]) == 23 + 23 + 2 + 3
+    for key in ("right", "unseen", "answers"):
+        assert all(list(row) == ways for row in shown.json[key].values())
     for question in ("Where is your shop?", "What is 7 plus 5?"):
         assert shown.err.count(question) == 1  # its line of the tables
     logs = {way: chainlora("log", f"~/run/{way}", "--json").json for way in ways}
     names = {way: [entry["name"] for entry in found["entries"]] for way, found in logs.items()}
     assert names["on-top"] == ["march", "february", "january", "start"]
-    assert names["faq"][0] == "after-march"
-    assert {*names["faq"]} - {*names["pruned"]} == {"february", "after-february"}
+    assert names["faq"] == ["after-march", "march", "february", "january", "start"]
+    assert names["pruned"] == ["after-march", "march", "january", "start"]
+    assert list(shown.json["updated"]) == [
+        *("Is there a newsletter?", "Do you send out a newsletter?"),
+        *("Which lamp did Mia Holm order?", "Where does Mia Holm live?"),
+    ]
+    assert shown.json["differences"] == []
+    assert "holds no row of removed.jsonl" in shown.err
+    given = (
+        "--certificate",
+        shown.json["certificate"],
+        "--rows",
+        tmp_path / "run/rows/removed.jsonl",
+    )
+    assert chainlora("verify", tmp_path / "run/pruned", *given).status == 0
+    assert chainlora("verify", tmp_path / "run/faq", *given).status == 1  # a copy that has them
 
 
 def test_the_demo_names_all_that_is_missing_before_anything_runs(chainlora, tmp_path, monkeypatch):

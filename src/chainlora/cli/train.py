@@ -462,9 +462,11 @@ def _announce_stop(number: int) -> None:
 def demo(output: str, as_json: bool) -> None:
     """Fine-tune a 135M model on three months of a shop's FAQ, in two ways, in minutes.
 
-    SmolLM2-135M-Instruct learns the months on top of each other, and by extend; then one month is
-    pruned. The command shows the answers of each model. The output folder has the runs faq, on-top
-    and pruned, and the data files in rows. The model comes as a pip package:
+    SmolLM2-135M-Instruct learns the months on top of each other, and by extend. Then one month is
+    pruned, and in another a row is corrected and a customer's rows are erased. The command shows
+    the answers of each model to trained questions and to other phrasings of them. The output folder
+    has the runs faq, on-top and pruned, and the data files in rows. The model comes as a pip
+    package:
 
     \b
       pip install 'chainlora[gguf]'

@@ -94,6 +94,7 @@ def update(
     rows: str | Path | None = None,
     purge: bool = False,
     certificate: str | Path | None = None,
+    matrix: bool = True,
     listener: Listener | None = None,
     progress: bool | None = None,
 ) -> OpenState:
@@ -110,6 +111,7 @@ def update(
             back.
         certificate: with `purge`, where to write the certificate, a JSON file outside the run; a
             page for readers is written beside it. By default ``RUN-certificate.json``.
+        matrix: score kept rows in the new states, as `train` does.
         listener: see `train`.
         progress: see `train`.
 
@@ -132,7 +134,8 @@ def update(
             before = settled(folder, read_history(folder))
             is_again = not planned.changed
             begin_certificate(place, folder, before, planned.counts, again=is_again)
-        build_and_score(planned.change, shown, base)  # a stopped call may lack scores alone
+        # a stopped call may lack scores alone
+        build_and_score(planned.change, shown, base, matrix=matrix)
         if place is not None:
             finish_certificate(place, folder)
     return open_run(folder)
