@@ -47,7 +47,7 @@ def test_two_files_become_a_run_of_two_stages(tiny_folder, chainlora, caplog):
     Path("January 2026.csv").write_text(table, encoding="utf-8")
     begin = ("train", "January 2026.csv", "--model", tiny_folder)
     chosen = (
-        "rank 8 on all linear layers, 10 epochs, rate 0.001, no validation rows (change with --"
+        "rank 8 on all linear layers, 80 epochs, rate 0.001, no validation rows (change with --"
     )
     planned = chainlora(*begin, "--dry-run")
     assert planned.out == "January-2026: would train links of rank 8 on January 2026.csv\n"
@@ -56,7 +56,7 @@ def test_two_files_become_a_run_of_two_stages(tiny_folder, chainlora, caplog):
     done, run = chainlora(*begin), Path("runs/January-2026")
     assert "one LoRA of rank 8" in done.err
     assert caplog.text.count(f"January-2026: {chosen}") == 2
-    assert chain_of(run, "January-2026")["epochs"] == [10]
+    assert chain_of(run, "January-2026")["epochs"] == [80]
     assert chain_of(run, "January-2026")["ranks"] == [8]
     on = ("extend", run, rows("february.jsonl", 320), "--chain.target_modules", "q_proj")
     length = "february: rank 8 on q_proj, 2 epochs, rate 0.001"
@@ -81,11 +81,11 @@ def test_two_files_become_a_run_of_two_stages(tiny_folder, chainlora, caplog):
 @pytest.mark.parametrize(
     ("count", "keys", "length"),
     [
-        (12, "", "rank 8 on all linear layers, 10 epochs,"),  # no row more often
-        (100, "", "7 epochs,"),
-        (700, "", "1 epoch,"),
-        (700, "--data.num_train 300", "3 epochs,"),
-        (100, "--chain.ranks [4,2]", "ranks 4, 2 on all linear layers, 7 epochs,"),
+        (12, "", "rank 8 on all linear layers, 80 epochs,"),  # of two steps
+        (100, "", "13 epochs,"),
+        (1300, "", "1 epoch,"),
+        (1300, "--data.num_train 300", "5 epochs,"),
+        (100, "--chain.ranks [4,2]", "ranks 4, 2 on all linear layers, 13 epochs,"),
         (100, "--train.lr 3e-4", "rate 0.0003"),
         (100, "--chain.steps [3,3]", ""),
         (100, "--chain.ranks [4] --chain.epochs 2", ""),
@@ -116,7 +116,7 @@ def test_a_first_stage_that_was_killed_goes_on(january, tiny_folder, chainlora):
         train(tree | {"output": "killed"}, listener=stopping(4))
     keys = ("--model", tiny_folder, "--train.save_every", "2", "--output", "killed")
     assert chainlora("train", "january.jsonl", *keys).status == 0
-    assert chain_of(Path("killed"), "january")["epochs"] == [10]
+    assert chain_of(Path("killed"), "january")["epochs"] == [80]
     assert open_run("killed").state == open_run(january).state
 
 
@@ -196,7 +196,7 @@ def test_from_python_and_as_a_list_of_json(tiny_folder, chainlora):
     Path("b.json").write_text(json.dumps(table, indent=1))
     assert extend("run", "b.json", progress=False)["stage"] == "b"
     assert {*open_run("run").stages} == {"main", "b"}
-    assert chain_of(Path("run"), "b")["epochs"] == [10]
+    assert chain_of(Path("run"), "b")["epochs"] == [80]
 
 
 def faq(name: str, *columns: str) -> Path:

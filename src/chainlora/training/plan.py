@@ -44,11 +44,8 @@ from chainlora.training.refusing import StagePlan, check_due, naming, need_besid
 
 logger = logging.getLogger(__name__)
 
-# The default length of a link: at least as many rows as in benchmarks/stages (80 steps of 8 rows),
-# but at most 10 epochs: on the 48 rows of examples/times, the validation loss of
-# SmolLM2-135M-Instruct was 0.36 after 4 epochs and 0.27 after 10.
-ROWS = 640
-MOST_EPOCHS = 10
+# The default length of a link: at least as many steps of 8 rows as benchmarks/small_files chose.
+STEPS, STEP_ROWS = 160, 8
 
 
 def make_plan(
@@ -267,8 +264,9 @@ def _with_length(stage: Stage, begun: OpenState | None) -> Stage:
 
 
 def default_epochs(data: DataConfig) -> float:
-    """Return the epochs of a link without a length: one, or what reads `ROWS` rows."""
-    return float(min(MOST_EPOCHS, ceil(ROWS / rows_of_an_epoch(data, ROWS))))
+    """Return the epochs of a link without a length: one, or as many as `STEPS` steps need."""
+    rows = rows_of_an_epoch(data, STEPS * STEP_ROWS)
+    return float(ceil(STEPS / ceil(rows / STEP_ROWS)))
 
 
 def _tell_length(name: str, config: RunConfig) -> None:
