@@ -59,14 +59,14 @@ def test_two_files_become_a_run_of_two_stages(tiny_folder, chainlora, caplog):
     assert chain_of(run, "January-2026")["epochs"] == [80]
     assert chain_of(run, "January-2026")["ranks"] == [8]
     on = ("extend", run, rows("february.jsonl", 320), "--chain.target_modules", "q_proj")
-    length = "february: rank 8 on q_proj, 2 epochs, rate 0.001"
+    length = "february: rank 8 on q_proj, 4 epochs, rate 0.001"
     for words in ([*on, "--dry-run"], on):
         caplog.clear()
         done = chainlora(*words)
         assert done.status == 0, done.err
         assert length in caplog.text
         assert "does not inherit" not in caplog.text
-    assert chain_of(run, "february")["epochs"] == [2]
+    assert chain_of(run, "february")["epochs"] == [4]
     assert open_run(run).stages == ["January-2026", "february"]
     before = history_of(run)
     caplog.clear()
@@ -106,7 +106,7 @@ def test_weights_count_as_rows(tiny_folder, chainlora, caplog):
     config = {"model": str(tiny_folder), "data": {"train": files}, "output": "run"}
     Path("c.json").write_text(json.dumps(config))  # a config all the same
     assert chainlora("train c.json --dry-run").status == 0
-    assert "main: rank 8 on all linear layers, 2 epochs" in caplog.text
+    assert "main: rank 8 on all linear layers, 4 epochs" in caplog.text
 
 
 def test_a_first_stage_that_was_killed_goes_on(january, tiny_folder, chainlora):
@@ -134,7 +134,7 @@ def test_a_stage_that_was_killed_keeps_its_length(january, chainlora):
     file.write_text(grown)
     assert "february: goes on from step 4" in chainlora(*again, "--dry-run").out
     assert chainlora(*again).status == 0
-    assert chain_of(january, "february")["epochs"] == [2]
+    assert chain_of(january, "february")["epochs"] == [4]
     extend(whole, file)
     assert open_run(whole).state == open_run(january).state
 
@@ -170,7 +170,7 @@ def test_a_stage_has_the_name_of_its_rows(path, name):
 def test_a_stage_of_equal_rows_is_said_to_take_as_long_as_the_one_before(january):
     """Twelve rows are a batch of eight and one of four: two batches of eight were counted."""
     seen, before = [], json.loads((stage_dir(january, "january") / "result.json").read_text())
-    stage = {"name": "again", "data": {"train": "january.jsonl"}, "chain": {"epochs": [10]}}
+    stage = {"name": "again", "data": {"train": "january.jsonl"}, "chain": {"epochs": [80]}}
     extend(january, stage, listener=seen.append)
     (plan,) = (event for event in seen if isinstance(event, Planned))
     after = plan.work_after * before["wall_s"] / before["tokens"]  # combining and scoring
@@ -228,7 +228,7 @@ def test_a_next_file_is_read_by_the_keys_of_the_stage_before(tiny_folder, chainl
     done = chainlora("extend", run, faq("march.csv", "question", "answer"), *short)
     assert done.status == 0, done.err
     assert "stage march does not inherit data.format, data.fields from january" in caplog.messages
-    assert "march.csv: question and answer are read as two lines, customer is" in caplog.text
+    assert "march.csv: question and answer are read as a chat, customer is" in caplog.text
     data = open_run(f"{run}@march").config().data
     assert (data.fields, data.format) == ({}, "auto")
 

@@ -49,7 +49,7 @@ WRONG = [
     ("optim", "adamw_bnb_8bit", "unknown key `optim`; here it is `train.optimizer: adamw_8bit`"),
     ("load_in_4bit", "true", "unknown key `load_in_4bit`; here it is `quantize: nf4`"),
     ("chain.target_modules", "all", "`target_modules` must name modules (got all); use all-linear"),
-    ("data.fields", "{question: prompt}", "`data.fields` must name fields of format auto: prom"),
+    ("data.fields", "{query: prompt}", "`data.fields` must name fields of format auto: prom"),
     ("data", "{train: x, format: text, fields: {prompt: q}}", "`data.fields` must name fields of"),
     (
         "data",

@@ -249,9 +249,9 @@ def test_what_is_uploaded_is_rows_and_its_name_stays_in_the_folder(tmp_path, run
 @pytest.mark.parametrize(
     ("head", "fields"),
     [
-        ("customer,question,answer", {"prompt": "question", "completion": "answer"}),
-        ("Input,Target", {"prompt": "Input", "completion": "Target"}),
-        ("text,label", {"prompt": "text", "completion": "label"}),
+        ("customer,question,answer", {}),
+        ("Input,Target", {"question": "Input", "answer": "Target"}),
+        ("text,label", {"question": "text", "answer": "label"}),
         ("instruction,output,input", {}),
         ("prompt,completion", {}),
         ("text", {}),
@@ -269,9 +269,9 @@ def test_columns_are_recognised_by_their_names(tmp_path, head, fields):
         return
     with pytest.raises(ConfigError, match=r"Choose the column .* the file has frage, antwort"):
         fields_of(upload, None, None)
-    assert fields_of(upload, "frage", "antwort") == {"prompt": "frage", "completion": "antwort"}
+    assert fields_of(upload, "frage", "antwort") == {"question": "frage", "answer": "antwort"}
     words = command_of(tmp_path, file, columns=("frage", "antwort"), model="m")
-    assert '--data.fields={"prompt": "frage", "completion": "antwort"}' in words
+    assert '--data.fields={"question": "frage", "answer": "antwort"}' in words
 
 
 def test_messages_for_a_page_have_no_folders_and_options():

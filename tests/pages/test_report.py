@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_folder, write_rows
-from helpers import entry_of, records_of, settings, stage_dir, stop_after, train_all
+from helpers import entry_of, records_of, settings, sign, stage_dir, stop_after, train_all
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -124,9 +124,7 @@ def test_a_report_leads_with_the_table_that_the_board_shows_after_training(
     right = sum(bool(each.answers[0].is_right) for each in asked)
     assert f"{right} of {len(asked)} right; before " in text
     assert text.index("Answers to rows") < text.index(">Overview</h2>")
-    json_of = json.loads((run / "history.json").read_text())
-    json_of["base"]["model"] = "nowhere"
-    (run / "history.json").write_text(json.dumps(json_of))
+    sign(run, lambda tree: tree["base"].update(model="nowhere"))
     done = chainlora("report", run)  # without the base it shows the rest
     assert done.status == 0
     assert "run: no answers to trained rows: " in done.err

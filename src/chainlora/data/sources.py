@@ -134,8 +134,8 @@ class Source(ABC):
 
 
 @lru_cache(maxsize=4)
-def _content(path: Path, size: int, changed: int) -> bytes:
-    """Return the bytes of a file, which its size and time of change identify."""
+def _content(path: Path, version: tuple[int, ...]) -> bytes:
+    """Return the bytes of a file; `version` changes with them."""
     return path.read_bytes()
 
 
@@ -167,10 +167,12 @@ class FileSource(Source):
             yield from read(file, self.path)
 
     def _opened(self) -> BinaryIO:
-        state = self.path.stat()
-        if state.st_size > _SMALL:
+        stat = self.path.stat()
+        if stat.st_size > _SMALL:
             return self.path.open("rb")
-        return BytesIO(_content(self.path, state.st_size, state.st_mtime_ns))
+        # st_ctime_ns: programs can set the time of modification back, but not this one
+        version = (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        return BytesIO(_content(self.path, version))
 
     def remark(self) -> str:
         if self._suffix() != ".csv":
