@@ -126,7 +126,7 @@ def test_a_stage_that_was_killed_keeps_its_length(january, chainlora):
     with pytest.raises(Stop):
         extend(january, stage, listener=stopping(4))
     grown = file.read_text()
-    rows(file, 640)  # for which the rule gives one epoch
+    rows(file, 1280)  # for which the rule gives one epoch
     again = ("extend", january, file, "--train.save_every", "2")
     refused = chainlora(*again)
     assert refused.status == 1

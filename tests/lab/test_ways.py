@@ -285,11 +285,11 @@ def test_stages_without_a_shared_split_are_refused(stages):
 
 
 def test_all_at_once_reads_as_many_rows_as_stages_of_default_lengths(stages, tmp_path):
-    """It had the default length of the joined rows: one epoch of 740."""
+    """It had the default length of the joined rows: one epoch of 1,380."""
     config = yaml.safe_load(stages(chain={"ranks": [2]}).read_text())
-    for name, count in {"facts": 100, "style": 640}.items():  # 7 epochs and one
+    for name, count in {"facts": 100, "style": 1280}.items():  # 13 epochs and one
         row = {"prompt": f"the {name}", "completion": " yes"}
         write_rows(tmp_path / f"{name}.jsonl", [row] * count)
     cell, _ = expand(comparison(config, ["all_at_once", "base"], [0]))
     (epochs,) = _of_all(Case(cell.config)).chain.epochs
-    assert epochs * 740 == pytest.approx(7 * 100 + 640)
+    assert epochs * 1380 == pytest.approx(13 * 100 + 1280)
