@@ -123,7 +123,7 @@ def lineage_of(
         for key in configured
     }
     # Leave out times, since a rebuild has others, and kept rows, since a copy may not have them.
-    left_out: Any = {"entries": {"__all__": {"kept", "ended"}}, "unsent": True}
+    left_out: Any = {"entries": {"__all__": {"kept", "ended", "seconds"}}, "unsent": True}
     left_out |= {"stages": {"__all__": {"config"}}, "general": {"start_data"}}  # they name places
     facts = history.model_dump(mode="json", exclude=left_out)
     facts["base"]["model"] = public_name(state.base.model)
