@@ -95,7 +95,11 @@ def _convert(file: Path, folder: Path, digest: str) -> None:
     rule = "transformers must be able to read the architecture of a GGUF file"
     with explained(rule, f"for {architecture!r} in {file}", _OTHER):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
+            file.parent,
+            gguf_file=file.name,
+            dtype=torch.float32,
+            use_kernels=False,
+            output_loading_info=True,
         )
     model, report = loaded
     if missing := sorted(report["missing_keys"]):

@@ -39,6 +39,8 @@ def test_folder_loads_as_saved_in_eval_mode_and_is_its_own_source(folder):
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     assert not model.training
+    # transformers 5.25 replaces layers with code from the Hub, if it is not told otherwise.
+    assert not getattr(model, "use_kernels", False)
     assert resolve_model(str(folder)) == folder
     assert tokenizer.decode(tokenizer("héllo").input_ids) == "héllo"
     # Padding uses a token that is there.

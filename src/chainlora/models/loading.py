@@ -119,6 +119,7 @@ def load_weights(
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
+            use_kernels=False,  # the default replaces layers with code from the Hub
             local_files_only=True,
             output_loading_info=True,
             **keys,
