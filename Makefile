@@ -15,7 +15,7 @@ demo: $(VENV)/.product
 # By file: a run that the tests of a file share is trained once.
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --dist loadfile
 
-# Of the tests that take 0.3 s or more (tests/durations.txt) every eighth one, drawn by the commit. test-rest has half of
+# Of the tests that take 0.3 s or more (tests/durations.txt) every eighth one, drawn by the commit. test-rest has a third of
 # the others, drawn too, and an eighth of those marked `slow`, which take some tens of seconds each; test-full has all.
 test: $(VENV)/.ready
 	$(PYTEST) -n auto --maxprocesses 3 --part quick

@@ -62,7 +62,7 @@ def tiny_model(
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    words = "quick: short tests, an eighth of long; rest: half of the others, an eighth of slow"
+    words = "quick: short tests, an eighth of long; rest: a third of the others, an eighth of slow"
     parser.addoption("--part", choices=["all", "quick", "rest"], default="all", help=words)
     words = "write what tests/training/test_golden_losses.py finds, instead of comparing it"
     parser.addoption("--write-goldens", action="store_true", help=words)
@@ -90,7 +90,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             return part == "rest" and is_drawn
         if is_drawn or not (is_shared or item.nodeid in long):
             return part == "quick"
-        return part == "rest" and second % 2 == 0
+        return part == "rest" and second % 3 == 0
 
     left = [item for item in items if is_wanted(item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in left])
