@@ -91,7 +91,7 @@ REFUSED = {
     "train config.yaml --output run --train.seed 1": ("keeps its config", "train.seed is 1, was 0"),
     "train config.yaml --resume --output half": ("(got ",),
     "train run/stages/main/config.yaml": ("; add --output",),  # its output is another run
-    "train config.yaml --model no/body --output file": ("at or below the file ",),
+    "train config.yaml --model no/body --output file": ("new or empty directory", "file, a file"),
     "train config.yaml --model no/body --output link": ("broken symbolic link",),
     f"train config.yaml --model no/body --output {'x' * 300}": ("too long", "a shorter name"),
     "train config.yaml --output run/stages/z": ("must lie outside other runs", "inside "),

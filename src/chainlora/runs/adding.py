@@ -30,7 +30,7 @@ from chainlora.runs.locks import Scratch
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import check_base, noted_base
 from chainlora.runs.paths import is_run, stage_folder
-from chainlora.runs.resuming import import_sources, need_same_sources
+from chainlora.runs.resuming import need_pinned, source_digests
 from chainlora.runs.saved_chain import as_adapter
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def build_import(run: Path, due: Due, base: OpenBase | None = None) -> None:
 
 def _import(run: Path, due: Due, base: OpenBase | None) -> None:
     config, history, key = config_of(run, due.stage), read_history(run), due.key
-    need_same_sources(run, due.stage, import_sources(config))
+    need_pinned(run, key, due.stage.sources, source_digests(config))
     base = OpenBase.of_config(config, run).or_shared(base)
     start, base_facts = _fitted(run, config, history, base)
     rows, kept = _rows_of(config, base, run / TOKENIZER if history.tokenizer else None, start)

@@ -23,7 +23,7 @@ from chainlora.runs.history_file import update_history
 from chainlora.runs.loading_start import Start
 from chainlora.runs.paths import HISTORY, exists_in
 from chainlora.runs.recipes import How, Stage
-from chainlora.runs.resuming import general_of, import_sources, source_digests
+from chainlora.runs.resuming import general_of, source_digests
 
 
 def stage_of(
@@ -46,7 +46,7 @@ def stage_of(
         names=names,
         how=how.model_copy(update={"importance": weights}) if names else How(),
         config=tree,
-        sources=source_digests(config) if kind == "stage" else import_sources(config),
+        sources=source_digests(config),
         plugins={plugin: plugin_digest(plugin) for plugin in config.plugins},
     )
 

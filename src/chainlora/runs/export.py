@@ -46,7 +46,7 @@ from chainlora.runs.cards import (
 from chainlora.runs.entries import CAUSAL, Base
 from chainlora.runs.lineage import Lineage, lineage_of
 from chainlora.runs.opening import check_base, load_run, tokenizer_of
-from chainlora.runs.paths import need_apart
+from chainlora.runs.paths import need_apart, refuse_if_taken
 from chainlora.runs.saved_chain import current_links, describe_base
 from chainlora.runs.state import OpenState
 
@@ -311,7 +311,7 @@ def empty_folder(output: str | Path) -> Path:
     output = Path(expanduser(output))
     files.check_writable(output if output.is_dir() else output.parent)
     need_apart(output)
-    _need_empty(output)
+    refuse_if_taken(output)
     with files.reported(output):
         if (writer := files.writer_of(output)) is not None:
             rule = "`output` must be written by one process at a time"
@@ -325,11 +325,4 @@ def filled_folder(output: Path) -> Iterator[Path]:
     """Yield a scratch folder, then move it to `output`. Raises RunError if `output` is filled."""
     with files.replaced_folder(output) as scratch:
         yield scratch
-        _need_empty(output)
-
-
-def _need_empty(output: Path) -> None:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        problem = "which is not empty" if output.is_dir() else "a file"
-        rule = "`output` must be a new or empty directory"
-        raise RunError(rule, f"{output}, {problem}", "choose another")
+        refuse_if_taken(output)

@@ -35,7 +35,7 @@ from chainlora.runs.entries import MAIN, Base, State, Training
 from chainlora.runs.history import History
 from chainlora.runs.links import save_link
 from chainlora.runs.opening import check_base
-from chainlora.runs.paths import HISTORY, exists_in, stage_folder
+from chainlora.runs.paths import HISTORY, exists_in, refuse_if_taken, stage_folder
 from chainlora.runs.recipes import Plan, Stage
 from chainlora.runs.state import OpenState
 
@@ -210,12 +210,8 @@ def _refuse_if_taken(directory: Path) -> None:
         rule = "a chain must not be saved to the current folder"
         raise RunError(rule, directory, "name a folder in it, or call this from above")
     files.check_writable(directory)
-    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
-        return
-    if exists_in(directory) and (stage_folder(directory, MAIN) / _CHAIN).is_file():
-        return
-    rule = "a chain must be saved to a new or empty folder, or over another chain"
-    raise RunError(rule, directory, "choose another")
+    if not (exists_in(directory) and (stage_folder(directory, MAIN) / _CHAIN).is_file()):
+        refuse_if_taken(directory)
 
 
 def _memory(chain: Chain, numbers: Numbers | None, adapter: str) -> Memory:

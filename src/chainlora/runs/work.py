@@ -47,7 +47,7 @@ from chainlora.runs.links import save_link, write_adapter_of
 from chainlora.runs.locks import Scratch
 from chainlora.runs.opening import check_base
 from chainlora.runs.records import RecordLog, resumed_log
-from chainlora.runs.resuming import check_resumed, need_same_sources, source_digests
+from chainlora.runs.resuming import check_resumed, need_pinned, source_digests
 from chainlora.runs.state import OpenState
 
 # The files of a checkpoint: the live link (`Chain.live_state`), and its optimizer.
@@ -116,7 +116,7 @@ class Work:
         if self._draft is not None:
             return self._resume(self._draft, base, rows)
         due = self.due()
-        need_same_sources(self.run, due.stage, source_digests(config))
+        need_pinned(self.run, self.stage, due.stage.sources, source_digests(config))
         self._is_new = True
         self._scratch.clear()
         self.base = base
