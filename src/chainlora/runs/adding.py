@@ -25,7 +25,7 @@ from chainlora.runs.entries import CONFIG, TOKENIZER, Base, Due, State
 from chainlora.runs.history import History
 from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.links import save_link
-from chainlora.runs.loading_start import Start, fitted, load_start, need_layers, start_folder
+from chainlora.runs.loading_start import Start, check_start, load_start, need_layers, start_folder
 from chainlora.runs.locks import Scratch
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import check_base, noted_base
@@ -109,7 +109,7 @@ def _fitted(run: Path, config: RunConfig, history: History, base: OpenBase) -> t
         check_base(history.base, run, files=base.files)
     start = load_start(str(config.start))
     chain = base.chain(seed=config.train.seed, hold=config.chain.hold)
-    start = fitted(start, chain, config.model)
+    check_start(start, chain, config.model)
     for link in start.links:
         check_link(link, chain.model)
     return start, noted_base(config, chain, base.files)

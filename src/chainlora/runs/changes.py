@@ -94,10 +94,10 @@ def earlier_of(history: History) -> dict[str, int]:
 
 def later_of(history: History) -> dict[str, int]:
     """Return what `redo` goes to, the next first: entries, each with the place of a version."""
-    places, at = list[int](), history
-    while later := at.successors():
-        at = at.moved(later[-1])
-        places.append(at.at)
+    made_from = {version.before: place for place, version in enumerate(history.versions)}
+    places, at = list[int](), history.at
+    while at in made_from:  # the version that was made from it last
+        places.append(at := made_from[at])
     return _others(history, places)
 
 

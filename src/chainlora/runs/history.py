@@ -217,10 +217,6 @@ class History(Document):
             yield place
             place = self.versions[place].before
 
-    def successors(self) -> list[int]:
-        """Return the places of the versions that were made from the current one, in their order."""
-        return [place for place, v in enumerate(self.versions) if v.before == self.at]
-
     def only(self, key: str) -> History:
         """Return the history of an entry alone: its ancestors, and one version that comes to it."""
         entry, needed = self.find(key), {START, *self.below(key)}
@@ -261,12 +257,10 @@ class History(Document):
         made, history = Made(self), self
         while not made.is_made(history.recipes().root):
             is_last = history.at == len(history.versions) - 1
-            history = history.dropped() if is_last else history.moved(history._before)
+            history = (
+                history.dropped() if is_last else history.moved(history.versions[history.at].before)
+            )
         return history
-
-    @property
-    def _before(self) -> int:
-        return self.versions[self.at].before
 
     def edited(self, plan: Plan, command: str) -> History:
         """Return the history with one more version, or as it is if the plan is the current one."""

@@ -17,10 +17,9 @@ from chainlora.models.finding import from_above, is_same_place, resolve_model
 from chainlora.models.identity import base_files
 from chainlora.registry import plugin_digest
 from chainlora.runs.costs import versions
-from chainlora.runs.entries import CONFIG, MAIN, WEIGHTS, Training
+from chainlora.runs.entries import WEIGHTS, Training
 from chainlora.runs.loading_start import start_folder
 from chainlora.runs.opening import check_base
-from chainlora.runs.paths import stage_folder
 from chainlora.runs.recipes import Stage, bits_of
 from chainlora.runs.state import OpenState
 
@@ -174,21 +173,12 @@ def _other_config(
     run: OpenState, stage: str, key: str, old: Any, new: Any, *, has_ended: bool
 ) -> RunError:
     """Return the error for a config key that differs from a stage of the run."""
-    place, differs = run.run, f"{key} is {one_value(new):.60}, was {one_value(old):.60}"
+    got = f"{key} is {one_value(new):.60}, was {one_value(old):.60}"
     if key in run.history.plan().stages[0].sources and has_ended:
-        differs += ", compared by content"
-    if stage != MAIN:
-        rule, got = "a stage keeps the config it began with", f"stage {stage!r}: {differs}"
-        remedy = "give the new stage another name (--name)"
-    elif has_ended:
-        rule, got = "a run that has ended keeps its config", f"{differs} in {place}"
-        add = f"chainlora extend {shlex.quote(str(place))} FILE"
-        remedy = f"choose another output, or add a stage to it: {add}"
-    else:
-        rule, got = "a run resumes with the config it began with", f"{differs} in {place}"
-        config = stage_folder(place, run.history.folder_of(stage)) / CONFIG
-        remedy = f"use {config}, or choose another output"
-    return RunError(rule, got, remedy)
+        got += ", compared by content"
+    remedy = "use that config, give the new stage another name (--name), or choose another output"
+    rule = "a stage keeps the config it began with"
+    return RunError(rule, f"stage {stage!r}: {got} in {run.run}", remedy)
 
 
 def check_resumed(before: Training, rows: str) -> None:

@@ -36,7 +36,7 @@ from chainlora.runs.draft import Progress
 from chainlora.runs.entries import RESULT
 from chainlora.runs.history_file import folder_in, read_history
 from chainlora.runs.keys import Made
-from chainlora.runs.loading_start import NOTHING, Start, fitted
+from chainlora.runs.loading_start import NOTHING, Start, check_start
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import noted_base
 from chainlora.runs.state import OpenState
@@ -116,7 +116,7 @@ def _prepared(setup: _Setup, base: OpenBase | None, undo: ExitStack) -> Run:
     engine = _new_engine(config, chain.model, processes)
     undo.callback(engine.close)
     if begun is None:
-        start = fitted(start, chain, config.model)
+        check_start(start, chain, config.model)
     # 4. The stage on disk, which begins or resumes; then the links of the chain.
     with processes.in_turn():
         progress = _begin_work(setup, chain, base, splits)
