@@ -103,27 +103,20 @@ def later_of(history: History) -> dict[str, int]:
 
 def _others(history: History, places: Iterable[int]) -> dict[str, int]:
     """Return the entries that versions come to and that are not the head, as they are named now."""
-    found, head = dict[str, int](), history.head
+    found, made = dict[str, int](), Made(history)
     for place in places:
-        key = _state_of(history, place)
-        if key is not None and key != head:
-            found.setdefault(key, place)
+        root = history.recipes(place).root
+        if made.is_made(root):
+            entry = made.entry(root)
+            found.setdefault(BASE if entry is None else entry.key, place)
+    found.pop(history.head, None)
     return found
-
-
-def _state_of(history: History, place: int) -> str | None:
-    """Return the entry that a version comes to, None if it is not computed."""
-    made, root = Made(history), history.recipes(place).root
-    entry = made.entry(root)
-    return None if not made.is_made(root) else BASE if entry is None else entry.key
 
 
 def _become(run: Path, history: History, name: str) -> History:
     """Return the history of a run that is an entry, as a new version."""
-    key = state_at(run, history, name).key
-    entry = history.find(key)
-    is_combined = entry is not None and entry.kind == "combine"
-    how = entry.how if entry is not None and is_combined else How()
+    entry = state_at(run, history, name).entry
+    key, how = (BASE, How()) if entry is None else (entry.key, entry.how)
     return history.edited(history.plan_of([key], how), f"undo --to {key}")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from chainlora.chain.adapters import MERGE, Imported, import_adapter, linked_layer
 from chainlora.chain.chain import Chain
@@ -176,12 +176,12 @@ def _check_fit(adapter: Imported, model: nn.Module) -> None:
     need_layers(adapter, model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for path, weight in adapter.kept.items():
-        parameter = parameters.get(path)
-        if parameter is None or not _same_values(parameter, weight):
-            rows = 0 if parameter is None else parameter.shape[0]
+        own = parameters.get(path, torch.empty(0)).detach().cpu()
+        # in the narrower of their dtypes
+        if not torch.equal(own.to(weight.dtype).to(own.dtype), weight.to(own.dtype)):
             raise ModelError(
                 "an adapter and its base must have the same vocabulary",
-                f"{weight.shape[0]} rows for {rows}, or other values, at {path}",
+                f"{weight.shape[0]} rows for {own.shape[0]}, or other values, at {path}",
                 MERGE,
             )
 
@@ -196,11 +196,6 @@ def need_layers(adapter: Imported, model: nn.Module) -> None:
             f"none at {', '.join(lacking[:3])}{more}",
             f"take the base of the adapter, {adapter.base or 'which it does not name'}",
         )
-
-
-def _same_values(own: Tensor, stored: Tensor) -> bool:
-    """Compare a parameter with a saved one: shapes, and values in the narrower of their dtypes."""
-    return torch.equal(own.detach().cpu().to(stored.dtype).to(own.dtype), stored.to(own.dtype))
 
 
 def _tell_other_name(adapter: Imported, name: str) -> None:

@@ -96,11 +96,6 @@ class Stage(Part):
         }
         return self.model_copy(update=update)
 
-    @property
-    def reads_general(self) -> bool:
-        """Say whether general rows are read again while it is trained."""
-        return bits_of(self.config).get("data.replay") is not None
-
 
 _SECTIONS: Mapping[str, type[Section]] = {
     "data": DataConfig,
@@ -267,7 +262,8 @@ class Recipes:
         if name not in self._stages:
             stage = self.plan.find(name)
             assert stage is not None
-            read = [self.start] if stage.reads_general and self.start is not None else []
+            reads_general = bits_of(stage.config).get("data.replay") is not None
+            read = [self.start] if reads_general and self.start is not None else []
             parents = (self.whole(stage.names, stage.how), *read)
             place = self.plan.names.index(name)
             self._stages[name] = Recipe(stage.kind, stage.own, parents, stage, place)

@@ -110,8 +110,6 @@ def write_chain(
             files.save_tensors(folder / _LIVE, chain.live_state())
         write_part(folder / _CHAIN, _memory(chain, numbers, adapter))
         state = State(base=base.fingerprint, links=tuple(digest for digest, _ in saved))
-        training = Training(versions=versions())
-        facts: Any = {"files": files.checksums(folder), "training": training}
         history = History(base=base, hold=chain.hold, seed=chain.seed)
         stage = Stage(name=MAIN, kind="import")
         history = history.edited(Plan(stages=(stage,)), "save_chain")
@@ -119,8 +117,9 @@ def write_chain(
         history = history.model_copy(update={"versions": (only,), "at": 0})  # nothing to undo
         due = history.due_stage(MAIN)
         assert due is not None
-        whole = history.added(due.entry(state, **facts), dict(saved))
-        write_part(scratch / HISTORY, whole)
+        training = Training(versions=versions())
+        entry = due.entry(state, files=files.checksums(folder), training=training)
+        write_part(scratch / HISTORY, history.added(entry, dict(saved)))
 
 
 def read_chain(state: OpenState) -> SavedChain:
