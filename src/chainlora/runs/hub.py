@@ -169,16 +169,12 @@ def _joined(source: History, before: History, rows: bool) -> History:
         raise RunError(rule, "marks of stages to delete", remedy)
     source = source.complete()
     sent = {entry.digest: entry.state for entry in source.entries}
-    for entry in before.entries:
-        if sent.get(entry.digest) != entry.state:
-            rule, remedy = "the target must be earlier than the source", "choose a new target"
-            is_other = source.find(entry.key) is not None
-            got = f"another {entry.key}" if is_other else f"{entry.key}, which the source lacks"
-            raise RunError(rule, got, remedy)
-    count = len(before.versions)
-    if before.entries and source.versions[:count] != before.versions:
+    lacking = [e.key for e in before.entries if sent.get(e.digest) != e.state]
+    if before.entries and source.versions[: len(before.versions)] != before.versions:
+        lacking.append("a version")
+    if lacking:
         rule, remedy = "the target must be earlier than the source", "choose a new target"
-        raise RunError(rule, "other versions", remedy)
+        raise RunError(rule, f"{lacking[0]}, which the source lacks", remedy)
     held = {entry.kept for entry in before.entries} - {*before.unsent}
     kept = {entry.kept for entry in source.entries if entry.kept is not None}
     unsent = {*source.unsent} if rows else kept - held
