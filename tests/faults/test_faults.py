@@ -153,23 +153,6 @@ def test_several_processes_on_one_output(world, count, state):
     assert files_of(where) == whole.files
 
 
-@pytest.mark.parametrize("rate", [10.0, 1e3])
-def test_weights_that_are_no_numbers_are_refused_and_a_lower_rate_goes_on(world, rate):
-    where = fresh(world.folder / "not-finite")
-    keys = {"lr": rate, "max_grad_norm": 1.0}
-    end = live(partial(train_run, world, where, train=keys))
-    assert not end.is_unexpected, end.message
-    if end.status == 1:
-        assert "lower train.lr" in end.message
-        lower = {"train": keys | {"lr": 1e-3}, "change": ["train.lr"]}
-        again = live(partial(train_run, world, where, **lower))
-        assert again.status == 0, again.message
-    for link in open_run(where / "run").links():
-        for factors in link.factors.values():
-            assert factors.a.isfinite().all()
-            assert factors.b.isfinite().all()
-
-
 # --- damage
 
 

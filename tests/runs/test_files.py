@@ -8,16 +8,16 @@ import json
 import logging
 import os
 import shutil
-import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from subprocess import PIPE
 
 import pytest
 import torch
 from conftest import tiny_model
+from faults.lives import start, wait
 from helpers import sign
 from to_gguf.test_from_gguf import TOKENS, write_gguf
 
@@ -83,34 +83,26 @@ def test_what_a_killed_export_left_goes_with_the_next_one(tmp_path):
     assert [each.name for each in tmp_path.iterdir()] == ["out.b.12-3.new"]
 
 
-EXPORTING = """
-import sys
-from chainlora import export_adapter
-
-run, output = sys.argv[1:]
-told = []
-
-def wait(event, arguments):
-    if event == "open" and str(arguments[0]).startswith(f"{output}.") and not told:
-        told.append(print("writes", flush=True))
-        sys.stdin.readline()
-
-sys.addaudithook(wait)
-export_adapter(run, output)
-"""
-
-
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="lives are forked")
 def test_two_exports_into_one_folder(chainlora, stored_run, tmp_path):
     """The second one deleted the files that the first one was writing."""
-    words = [sys.executable, "-c", EXPORTING, str(stored_run), str(tmp_path / "out")]
-    with subprocess.Popen(words, stdin=PIPE, stdout=PIPE, text=True) as first:
-        assert first.stdout.readline() == "writes\n"
-        done = chainlora(f"export {stored_run} --to adapter --output {tmp_path}/out")
-        said = f"(got {tmp_path}/out, which process {first.pid} writes); choose another"
-        done.refused("`output` must be written by one process at a time", said)
-        first.communicate("\n")
-    assert first.returncode == 0
-    assert chainlora(f"verify {tmp_path}/out {stored_run}").status == 0
+    out, flag = tmp_path / "out", tmp_path / "flag"
+
+    def pause(event: str, arguments: tuple) -> None:
+        if event == "open" and str(arguments[0]).startswith(f"{out}.") and not flag.exists():
+            flag.write_text("wait")
+            while flag.read_text():
+                time.sleep(0.01)
+
+    first = start(lambda: (sys.addaudithook(pause), export_adapter(stored_run, out)))
+    while not flag.exists():
+        time.sleep(0.01)
+    done = chainlora(f"export {stored_run} --to adapter --output {out}")
+    said = f"(got {out}, which process {first[0]} writes); choose another"
+    done.refused("`output` must be written by one process at a time", said)
+    flag.write_text("")
+    assert wait(first).status == 0
+    assert chainlora(f"verify {out} {stored_run}").status == 0
 
 
 def test_an_output_that_was_filled_meanwhile_stays(stored_run, tmp_path, caplog):

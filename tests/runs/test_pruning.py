@@ -93,18 +93,6 @@ def test_what_was_done_before_a_stage_was_pruned_is_not_done_again(two, tmp_path
         train_on(run, style)
 
 
-def test_a_fork_is_pruned_of_its_parents_stage(three, tmp_path):
-    run, fork = tmp_path / "run", tmp_path / "fork"
-    own = stage_of(three, "law") | {"name": "new", "output": str(fork)}
-    train_on(f"{run}@style", own)
-    before = files_of(run)
-    prune(fork, "style")
-    assert open_run(fork).stages == ["facts"]
-    with pytest.raises(RunError, match="must be one of facts"):
-        prune(fork, "style")
-    assert files_of(run) == before
-
-
 def test_a_pruning_from_elsewhere_leaves_the_relative_name_of_the_base(
     staged, tiny_folder, tmp_path, monkeypatch
 ):
