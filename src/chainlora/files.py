@@ -266,22 +266,25 @@ def remove_scratch(folder: Path, name: str = "") -> None:
             shutil.rmtree(entry) if is_folder else entry.unlink()
 
 
-def writer_of(path: Path) -> int | None:
-    """Return the id of another process of this machine that is writing a file or folder, or None.
+def remove_killed(path: Path) -> None:
+    """Delete what killed processes left of a file or folder beside it.
 
-    A process that began after the last write does not count: it got the id of a killed process.
+    Raises FileError if another process of this machine is writing it. A process that began after
+    the last write is not that one: it got the id of a killed process.
     """
     import psutil  # a slow import
 
     for entry in list(path.parent.iterdir()) if path.parent.is_dir() else ():
         match = _SCRATCH.search(entry.name)
         if match is not None and entry.name[: match.start()] == path.name:
-            number = int(match[1])
+            number, is_older = int(match[1]), False
             with suppress(psutil.Error, OSError):  # the process or the file no longer exists
                 is_older = psutil.Process(number).create_time() < entry.stat().st_mtime
-                if is_older and number != os.getpid():
-                    return number
-    return None
+            if is_older and number != os.getpid():
+                rule = f"Cannot write {path}: process {number} writes it"
+                raise FileError(f"{rule}. Wait for it, or choose another output.")
+    with reported(path):
+        remove_scratch(path.parent, path.name)
 
 
 def is_scratch(name: str) -> bool:

@@ -44,7 +44,6 @@ from chainlora.runs.saved_chain import (
     INSIDE,
     current_links,
     describe_base,
-    read_chain,
     restore_chain,
     write_chain,
 )
@@ -147,10 +146,8 @@ class WrappedChain:
                 f"a checkpoint must contain a chain (got none in {folder}, which was saved without "
                 "ChainCallback); start over"
             )
-        saved = read_chain(open_run(folder / INSIDE))
-        self.numbers = saved.memory.numbers
         with self._putting_in():
-            restore_chain(self.chain, saved)
+            self.numbers = restore_chain(self.chain, open_run(folder / INSIDE)).numbers
 
     @contextmanager
     def _putting_in(self) -> Iterator[None]:

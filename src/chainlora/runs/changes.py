@@ -6,7 +6,7 @@ Each is one replacement of ``history.json``. None deletes anything.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +62,7 @@ def undo(run: str | Path, to: str | None = None) -> OpenState:
                 Scratch(run, folder).undo()
             update_history(run, lambda now: now.dropped())
         else:
-            at = next(iter(earlier_of(history).values()), None)
-            if at is None:
-                raise _nothing(run, "undo")
-            update_history(run, lambda now: now.moved(at))
+            _move(run, earlier_of(history), "undo")
     return open_run(run)
 
 
@@ -120,9 +117,13 @@ def _become(run: Path, history: History, name: str) -> History:
     return history.edited(history.plan_of([key], how), f"undo --to {key}")
 
 
-def _nothing(run: Path, verb: str) -> RunError:
-    states = f"chainlora log {shlex.quote(str(run))} lists its states"
-    return RunError(f"Nothing to {verb} in {run}. {states}.")
+def _move(run: Path, places: Mapping[str, int], verb: str) -> None:
+    """Go to the first of the versions. Raises RunError without one."""
+    if not places:
+        states = f"chainlora log {shlex.quote(str(run))} lists its states"
+        raise RunError(f"Nothing to {verb} in {run}. {states}.")
+    at = next(iter(places.values()))
+    update_history(run, lambda now: now.moved(at))
 
 
 def redo(run: str | Path) -> OpenState:
@@ -132,10 +133,7 @@ def redo(run: str | Path) -> OpenState:
     """
     run = whole_run(run)
     with writing(run):
-        at = next(iter(later_of(read_history(run)).values()), None)
-        if at is None:
-            raise _nothing(run, "redo")
-        update_history(run, lambda now: now.moved(at))
+        _move(run, later_of(read_history(run)), "redo")
     return open_run(run)
 
 

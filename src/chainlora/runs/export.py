@@ -28,7 +28,7 @@ from chainlora.chain.link import Link, stack_links, switched_on
 from chainlora.chain.low_rank import best_of_rank, singular_values
 from chainlora.config.schema import LinkConfig
 from chainlora.data.templates import ends_of_turn
-from chainlora.errors import ChainError, ModelError, RunError
+from chainlora.errors import ChainError, ModelError
 from chainlora.models.checkpoint import save_model, save_tokenizer
 from chainlora.models.finding import resolve_model
 from chainlora.models.identity import base_files, need_own_files, tokenizer_files
@@ -306,17 +306,13 @@ def write_adapter_card(
 def empty_folder(output: str | Path) -> Path:
     """Return the path of a new or empty folder to write into, outside runs.
 
-    Raises RunError for any other path, and if another process writes it.
+    Raises RunError for any other path, FileError if another process writes it.
     """
     output = Path(expanduser(output))
     files.check_writable(output if output.is_dir() else output.parent)
     need_apart(output)
     refuse_if_taken(output)
-    with files.reported(output):
-        if (writer := files.writer_of(output)) is not None:
-            rule = "`output` must be written by one process at a time"
-            raise RunError(rule, f"{output}, which process {writer} writes", "choose another")
-        files.remove_scratch(output.parent, output.name)  # left by a killed export
+    files.remove_killed(output)
     return output
 
 

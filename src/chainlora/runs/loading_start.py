@@ -35,7 +35,7 @@ from chainlora.runs.cards import is_hub_id
 from chainlora.runs.history_file import read_history
 from chainlora.runs.opening import check_base
 from chainlora.runs.paths import HISTORY, exists_in, is_run, refuse_older
-from chainlora.runs.saved_chain import chain_folder, read_chain, restore_chain
+from chainlora.runs.saved_chain import chain_folder, restore_chain
 from chainlora.runs.state import OpenState
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ def load_chain(
         history = state.history
         chain = Chain(model, seed=history.seed, hold=history.hold, checkpoint=weights)
     if state is not None and not state.has_run:
-        restore_chain(chain, read_chain(state))
+        restore_chain(chain, state)
         return chain
     put_on(load_start(directory), chain)
     return chain
