@@ -106,18 +106,11 @@ def take_in(run: Path, history: History, state: OpenState) -> tuple[History, str
     part = other.model_copy(update={"entries": tuple(map(_with_copied_files, new))}).tidied()
     places = {entry.place: names[entry.key] for entry in part.entries}
     copy_files(state.run, run, part.model_copy(update={"tokenizer": {}}), places=places)
-    history = history.edited(plan, "combine")
+    history, part = history.edited(plan, "combine"), part.renamed(names)
     for entry in part.entries:
         known = None if entry.identity is None else stages[entry.identity].identity
-        update = {"identity": known, "folder": ""}
-        renamed = entry.renamed(names).model_copy(update=update)
-        facts = {
-            link: part.links[link].model_copy(
-                update={"stage": names.get(part.links[link].stage, part.links[link].stage)}
-            )
-            for link in (*entry.state.links, *entry.tied)
-        }
-        history = history.added(renamed, facts | history.links)
+        own = entry.model_copy(update={"identity": known, "folder": ""})
+        history = history.added(own, part.links | history.links)
     (own,) = [e.key for e in other.entries if state.entry and e.digest == state.entry.digest]
     return _with_keys_of(history, {stage.name for stage in stages.values()}), names[own]
 

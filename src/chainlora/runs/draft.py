@@ -130,8 +130,7 @@ def read_draft(folder: Path) -> Draft:
 
 def drafts_in(run: Path, history: History) -> dict[str, Path]:
     """Return the folders of stages in training, by name."""
-    names = [name for name in history.plan().names if history.find(name) is None]
-    unbuilt = [history.due_stage(name) for name in names]
+    unbuilt = map(history.due_stage, history.plan().names)
     folders = {due.key: stage_folder(run, due.place) for due in unbuilt if due is not None}
     return {name: folder for name, folder in folders.items() if (folder / DRAFT).is_file()}
 

@@ -66,6 +66,12 @@ class Version(Part):
     time: str = ""
     marks: tuple[Digest, ...] = ()
 
+    @classmethod
+    def of(cls, plan: Plan, **keys: Any) -> Version:
+        """Return a version of a plan; `keys` are the other fields."""
+        stages = tuple(stage.identity for stage in plan.stages)
+        return cls(stages=stages, off=plan.off, how=plan.how, **keys)
+
     @property
     def plan(self) -> tuple[object, ...]:
         """Return what two versions of one plan have in common."""
@@ -122,14 +128,11 @@ class History(Document):
 
     def below(self, key: str) -> set[str]:
         """Return the keys of an entry and of all its ancestors."""
-        below, due = set[str](), [key]
-        while due:
-            name = due.pop()
-            entry = self.find(name)
-            if entry is not None and name not in below:
-                below.add(name)
-                due += entry.parents
-        return below
+        below = {key}
+        for entry in reversed(self.entries):  # parents come first
+            if entry.key in below:
+                below |= {*entry.parents}
+        return below & {entry.key for entry in self.entries}
 
     def lineage(self, key: str) -> list[Entry]:
         """Return an entry and its ancestors, in the order of `entries`."""
@@ -266,9 +269,7 @@ class History(Document):
         """Return the history with one more version, or as it is if the plan is the current one."""
         if plan == self.plan():
             return self
-        stages = tuple(stage.identity for stage in plan.stages)
-        keys: Any = {"off": plan.off, "how": plan.how, "before": self.at}
-        version = Version(stages=stages, command=command, time=now(), **keys)
+        version = Version.of(plan, before=self.at, command=command, time=now())
         update = {
             "stages": self.stages | {stage.identity: stage for stage in plan.stages},
             "versions": (*self.versions, version),
@@ -381,7 +382,10 @@ class History(Document):
             marked = [stage.name for stage in plan.stages if stage.identity in stages]
             for name in now.keys() & {*marked}:
                 plan = plan.with_changed(now[name])
-            new = _stored(plan.without({*marked} & names), version, before, names)
+            is_named = any(name in version.command for name in names)
+            command = version.command.partition(" ")[0] if is_named else version.command
+            plan = plan.without({*marked} & names)
+            new = Version.of(plan, before=before, command=command, time=version.time)
             if before >= 0 and new.plan == versions[before].plan:
                 places[place] = before
             else:
@@ -433,13 +437,3 @@ class History(Document):
         """Return a name that no entry has: this one, or this one and a number."""
         names = chain([name], (f"{name}-{number}" for number in count(2)))
         return next(free for free in names if self.find(free) is None and free not in taken)
-
-
-def _stored(plan: Plan, version: Version, before: int, erased: Collection[str]) -> Version:
-    """Return a version with another plan; its command is cut if it has an erased name."""
-    command = version.command
-    if any(name in command for name in erased):
-        command = command.partition(" ")[0]
-    stages = tuple(stage.identity for stage in plan.stages)
-    update = {"stages": stages, "off": plan.off, "how": plan.how, "before": before}
-    return version.model_copy(update=update | {"command": command, "marks": ()})
