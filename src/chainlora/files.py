@@ -70,10 +70,8 @@ def file_error(error: OSError, path: str | Path, verb: str) -> FileError:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace a file atomically and durably."""
-    with replaced_file(path) as scratch, scratch.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    with replaced_file(path) as scratch:
+        scratch.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -92,7 +90,6 @@ def write_tensors(
     """Replace a safetensors file atomically and durably."""
     with replaced_file(path) as scratch:
         save_tensors(scratch, tensors, metadata)
-        sync_file(scratch)
 
 
 def save_tensors(
@@ -124,16 +121,16 @@ def copy_file(source: Path, path: Path) -> None:
     remove_scratch(path.parent, path.name)
     with replaced_file(path) as scratch:
         shutil.copyfile(source, scratch)
-        sync_file(scratch)
 
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
-    """Yield a scratch path; rename it to `path` at the end, or delete it after an error."""
+    """Yield a scratch path; flush it and rename it to `path`, or delete it after an error."""
     scratch = _scratch(path, ".new")
     with reported(path):
         try:
             yield scratch
+            sync_file(scratch)
             # finer than most file systems' clocks: readers detect changes by it
             stamp = time.time_ns()
             os.utime(scratch, ns=(stamp, stamp))
@@ -158,20 +155,11 @@ def replaced_folder(path: Path, *, only_empty: bool = False) -> Iterator[Path]:
         scratch.mkdir()
         try:
             yield scratch
-            _set_modes(scratch)
             sync_tree(scratch)
             _swap(scratch, path, only_empty)
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
-
-
-def _set_modes(folder: Path) -> None:
-    """Set the permissions of all files below a new folder by the umask, as libraries may not."""
-    mode = folder.stat().st_mode & 0o666
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(mode)
 
 
 def _swap(scratch: Path, path: Path, only_empty: bool) -> None:
@@ -220,7 +208,6 @@ def put_folder(scratch: Path, path: Path) -> None:
             if checksums(path) == checksums(scratch):
                 return
             remove(path)
-        _set_modes(scratch)
         sync_tree(scratch)
         scratch.rename(path)
         sync_folder(path.parent)
@@ -325,9 +312,17 @@ def sync_folder(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Flush a folder with all files and folders below it to disk."""
+    """Flush a new folder with all below it to disk, with permissions by the umask.
+
+    Libraries may write files that only their owner can read.
+    """
+    mode = folder.stat().st_mode & 0o666
     for entry in folder.iterdir():
-        sync_tree(entry) if entry.is_dir() else sync_file(entry)
+        if entry.is_dir():
+            sync_tree(entry)
+        else:
+            entry.chmod(mode)
+            sync_file(entry)
     sync_folder(folder)
 
 

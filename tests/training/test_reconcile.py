@@ -84,7 +84,7 @@ def updating(name: str, edit: int, purge: bool) -> Edit:
         assert stage is not None
         sources = {"data.train": [content_of(name, edit)]}
         new = stage.model_copy(update={"sources": sources})
-        history = history.changed([new], f"update {name}")
+        history = history.edited(history.plan().with_changed([new]), f"update {name}")
         return history.marked(history.former) if purge and history.former else history
 
     return change

@@ -109,8 +109,8 @@ def take_in(run: Path, history: History, state: OpenState) -> tuple[History, str
     history, part = history.edited(plan, "combine"), part.renamed(names)
     for entry in part.entries:
         known = None if entry.identity is None else stages[entry.identity].identity
-        own = entry.model_copy(update={"identity": known, "folder": ""})
-        history = history.added(own, part.links | history.links)
+        update = {"identity": known, "folder": ""}
+        history = history.added(entry.model_copy(update=update), part.links | history.links)
     (own,) = [e.key for e in other.entries if state.entry and e.digest == state.entry.digest]
     return _with_keys_of(history, {stage.name for stage in stages.values()}), names[own]
 

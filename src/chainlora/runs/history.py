@@ -21,7 +21,7 @@ no entry names are ignored, and deleted by `prune`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import chain, count
 from typing import Any
 
@@ -277,13 +277,6 @@ class History(Document):
         }
         return self.model_copy(update=update).named()
 
-    def changed(self, stages: Sequence[Stage], command: str) -> History:
-        """Return the history with changed stages, each in the place of the one of its name."""
-        plan = self.plan()
-        for stage in stages:
-            plan = plan.with_changed(stage)
-        return self.edited(plan, command)
-
     @property
     def former(self) -> list[Digest]:
         """Return the identities that stages of the current plan had before they were changed."""
@@ -380,8 +373,7 @@ class History(Document):
         for place, version in enumerate(self.versions):
             plan, before = self.plan(place), places.get(version.before, -1)
             marked = [stage.name for stage in plan.stages if stage.identity in stages]
-            for name in now.keys() & {*marked}:
-                plan = plan.with_changed(now[name])
+            plan = plan.with_changed(now[name] for name in marked if name in now)
             is_named = any(name in version.command for name in names)
             command = version.command.partition(" ")[0] if is_named else version.command
             plan = plan.without({*marked} & names)

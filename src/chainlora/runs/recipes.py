@@ -168,9 +168,10 @@ class Plan(Part):
         """Return the plan with one more stage."""
         return self.model_copy(update={"stages": (*self.stages, stage)})
 
-    def with_changed(self, stage: Stage) -> Plan:
-        """Return the plan with another stage in the place of the one of its name."""
-        stages = tuple(stage if own.name == stage.name else own for own in self.stages)
+    def with_changed(self, stages: Iterable[Stage]) -> Plan:
+        """Return the plan with other stages, each in the place of the one of its name."""
+        new = {stage.name: stage for stage in stages}
+        stages = tuple(new.get(own.name, own) for own in self.stages)
         return self.model_copy(update={"stages": stages})
 
     def combined(self, names: Collection[str], how: How) -> Plan:

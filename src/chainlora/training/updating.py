@@ -164,7 +164,7 @@ def plan_update(
     _check(changed, again, head, base)
     changed = [_with_hashes(each, head, base) for each in changed]
     words = " ".join(["update", *(each.stage.name for each in changed)])
-    new = history.changed([each.stage for each in changed], words)
+    new = history.edited(history.plan().with_changed(each.stage for each in changed), words)
     erased, counts = tuple[str, ...](), dict[str, Counts]()
     if purge and new.former:
         _need_no_undone(run, new)
