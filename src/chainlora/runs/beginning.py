@@ -160,8 +160,7 @@ def copy_files(
         new = "/".join((kind, (places or {}).get(key, key) if kind == "stages" else key, *rest))
         is_known = kind in CONTENT and (target / new).is_file()
         is_known = is_known and files.sha256(target / new).startswith(digest)
-        is_gone = rest == [RECORDS] and not (source / name).is_file()  # records may be missing
-        if is_known or is_gone or (existing or {}).get(new) == digest:
+        if is_known or (existing or {}).get(new) == digest:
             continue
         files.copy_file(need_file(source, name, digest), target / new)
         copied.append(name)

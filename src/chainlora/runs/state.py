@@ -226,7 +226,7 @@ class OpenState:
         path = self.folder / RECORDS
         if self.draft is not None:
             check_records(path, self.draft.records)
-        elif self.entry is not None and RECORDS in self.entry.files and path.is_file():
+        elif self.entry is not None and RECORDS in self.entry.files:
             self._need_own(self.entry, RECORDS)
         return read_records(path)
 
@@ -260,8 +260,7 @@ class OpenState:
             self._rows(digest)
         for entry in self.lineage:
             for name in entry.files:
-                if name != RECORDS or (stage_folder(self.run, entry.place) / name).is_file():
-                    self._need_own(entry, name)
+                self._need_own(entry, name)
         self.tokenizer()
         if self.draft is None:
             return self

@@ -46,7 +46,7 @@ from chainlora.runs.history_file import folder_in, read_history, update_history
 from chainlora.runs.links import save_link, write_adapter_of
 from chainlora.runs.locks import Scratch
 from chainlora.runs.opening import check_base
-from chainlora.runs.records import RecordLog, resumed_log
+from chainlora.runs.records import RecordLog, check_records
 from chainlora.runs.resuming import check_resumed, need_pinned, source_digests
 from chainlora.runs.state import OpenState
 
@@ -151,7 +151,8 @@ class Work:
         draft = self._draft = draft.with_training(rows=rows)
         self._scratch.remove_scratch()
         progress = deepcopy(draft.position)
-        self._log = resumed_log(self._log.path, draft.records, progress.num_records)
+        lines = check_records(self._log.path, draft.records)
+        self._log = RecordLog(self._log.path, lines[: progress.num_records])
         progress.num_records = self._log.count
         # Replace ``stage.json`` first: the old one may count the records that are cut.
         self._replace()
