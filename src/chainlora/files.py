@@ -344,9 +344,6 @@ def checksums(folder: Path) -> dict[str, str]:
 def check_writable(path: Path) -> None:
     """Raise FileError unless a folder can be made at `path`, or written to if it exists."""
     with reported(path):
-        if path.is_symlink() and not path.exists():
-            rule = "a folder must not be a broken symbolic link"
-            raise FileError(rule, path, "remove the link or make its target")
         existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not existing.is_dir():
         got = f"{path}, at or below the file {existing}"
