@@ -84,22 +84,6 @@ def test_an_adapter_stands_beside_a_stage(made, run, tiny_folder, tmp_path):
     assert open_run(run).verify().with_rows.key == "law"
 
 
-def test_what_was_pruned_is_as_if_it_had_never_been_added(made, run):
-    add(run, made / "x", made / "x.jsonl")
-    wanted = checksums(run)
-    state = add(run, made / "y", made / "y.jsonl")
-    assert state.entry.parents == ("z", "x", "y")
-    prune(run, "y")
-    now = checksums(run)
-    kept = {name for name in wanted if name.split("/")[0] in ("links", "rows")}
-    assert {name: now.get(name) for name in kept} == {name: wanted[name] for name in kept}
-    assert not stage_dir(run, "y").exists()
-    assert open_run(run).stages == ["z", "x"]
-    prune(run, "z")
-    with pytest.raises(ChainLoRAError, match="a run must keep a stage"):
-        prune(run, "x")
-
-
 def test_a_run_can_begin_with_an_adapter(made, both, tiny_folder):
     """By default on the base that the adapter names, with its tokenizer."""
     state = open_run(both)

@@ -93,17 +93,6 @@ def test_what_was_done_before_a_stage_was_pruned_is_not_done_again(two, tmp_path
         train_on(run, style)
 
 
-def test_a_pruning_from_elsewhere_leaves_the_relative_name_of_the_base(
-    staged, tiny_folder, tmp_path, monkeypatch
-):
-    """So that a run that is moved together with its base still finds it."""
-    shutil.copytree(tiny_folder, tmp_path / "base")
-    train_all(staged | {"model": "base"})
-    monkeypatch.chdir("/")
-    prune(tmp_path / "run", "style")
-    assert json.loads((tmp_path / "run/history.json").read_text())["base"]["model"] == "base"
-
-
 def test_what_cannot_be_pruned_is_refused_and_the_command_asks_first(three, tmp_path, capsys):
     run = tmp_path / "run"
     before = files_of(run)
