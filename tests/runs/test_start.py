@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import WORDS, tiny_model, write_rows
 from helpers import edit_json, settings
+from helpers_export import save_drawn
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -58,18 +59,9 @@ def base(architecture: str, dtype: torch.dtype = torch.float32, **keys) -> Any:
     return tiny_model(architecture, dtype=dtype, **untied | keys)
 
 
-def save_lora(folder: Path, architecture: str = "llama", model=None, dtype=None, **keys) -> Path:
-    """Save a LoRA all of whose weights are drawn: nothing of it is zero or the base's."""
-    keys = {"target_modules": TARGETS[architecture], "r": 4, "lora_alpha": 6} | keys
-    model = peft.get_peft_model(model or base(architecture), peft.LoraConfig(**keys))
-    draw = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                noise = 0.1 * torch.randn(parameter.shape, generator=draw)
-                parameter.copy_(2 * noise)
-    model.save_pretrained(folder)
-    return folder
+def save_lora(folder: Path, architecture: str = "llama", model=None, **keys) -> Path:
+    keys = {"target_modules": TARGETS[architecture]} | keys
+    return save_drawn(model or base(architecture), folder, 1, **keys)
 
 
 def edit(folder: Path, **keys) -> Path:
