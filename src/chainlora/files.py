@@ -43,6 +43,7 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOTDIR: "choose a path whose parents are folders",
     errno.EIO: "check the disk",
+    errno.EBUSY: "choose a folder inside it",  # a mount point cannot be renamed
     **dict.fromkeys(
         (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP), "choose a folder on a disk with file locks"
     ),
@@ -166,16 +167,7 @@ def _swap(scratch: Path, path: Path, only_empty: bool) -> None:
     """Rename a scratch folder to `path`, and delete the folder that was there."""
     old = _scratch(path, ".old")
     if path.exists():
-        try:
-            path.rmdir() if only_empty else path.rename(old)
-        except OSError as error:
-            if error.errno != errno.EBUSY or any(path.iterdir()):
-                raise
-            for entry in list(scratch.iterdir()):  # a mount point cannot be renamed
-                shutil.move(entry, path / entry.name)
-            sync_tree(path)
-            scratch.rmdir()
-            return
+        path.rmdir() if only_empty else path.rename(old)
     try:
         scratch.rename(path)
     except OSError:
