@@ -8,11 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers import train_all, train_on
-from helpers_stages import (
-    files_of,
-    section,
-    stage_of,
-)
+from helpers_stages import files_of, section, stage_of
 
 from chainlora.cli.main import run as cli
 from chainlora.errors import RunError

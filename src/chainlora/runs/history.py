@@ -27,14 +27,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from chainlora.runs.documents import (
-    Digest,
-    Document,
-    Name,
-    Part,
-    Sums,
-    now,
-)
+from chainlora.runs.documents import Digest, Document, Name, Part, Sums, now
 from chainlora.runs.entries import (
     BASE,
     START,

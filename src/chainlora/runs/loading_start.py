@@ -24,12 +24,7 @@ from chainlora.config.schema import with_flat_model
 from chainlora.data.kept import Kept
 from chainlora.errors import ConfigError, ModelError, RunError
 from chainlora.models.finding import folder_of, from_hub, hub_id_of, name_of
-from chainlora.models.identity import (
-    base_files,
-    has_tokenizer,
-    need_own_files,
-    tokenizer_files,
-)
+from chainlora.models.identity import base_files, has_tokenizer, need_own_files, tokenizer_files
 from chainlora.runs.addresses import begun_stage, nothing_at, open_run
 from chainlora.runs.cards import is_hub_id
 from chainlora.runs.history_file import read_history
