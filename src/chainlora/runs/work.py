@@ -88,19 +88,19 @@ class Work:
 
     # --- opening and closing ---
 
-    def open(self) -> None:
-        """If the stage was begun, check its files. Raises RunError for a damaged stage."""
+    def open(self, base_files: Mapping[str, str]) -> None:
+        """If the stage was begun, check its files. Raises RunError for damage and another base."""
         if self.writes and (begun := self.begun()) is not None:
             self._take(begun)
+            check_base(self.base, self.run, files=base_files)
 
-    def _take(self, state: OpenState) -> OpenState:
-        """Check the files of a state and continue from its point; return the checked state."""
+    def _take(self, state: OpenState) -> None:
+        """Check the files of a state and continue from its point."""
         state = state.verify()
         assert state.draft is not None
         self._draft, self.base = state.draft, state.history.base
         self._tied, self._links = list(state.draft.tied), dict(state.draft.links)
         self._hashes = dict(state.draft.files)
-        return state
 
     def begin(
         self, config: RunConfig, base: Base, *, rows: str, keep: Callable[[], Kept] | None
@@ -160,11 +160,6 @@ class Work:
         return progress
 
     # --- files that a resume reads ---
-
-    def check_base_files(self, files: Mapping[str, str]) -> None:
-        """Raise RunError if a resumed stage has another base, before it is loaded."""
-        if self._draft is not None:
-            check_base(self.base, self.run, files=files)
 
     def load_checkpoint(
         self, progress: Progress
