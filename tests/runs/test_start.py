@@ -225,8 +225,6 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         r"a plain LoRA .got `modules_to_save: \['lm_head'\]`.*merge it with PEFT",
     ),
     "biases": ({"bias": "all"}, "`bias: 'all'`.*merge it"),
-    "tokens": ({"trainable_token_indices": [1]}, "`trainable_token_indices: .1.`"),
-    "layers made twice": ({"layer_replication": [[0, 2]]}, "`layer_replication"),
     "a key of tomorrow": ({"use_better": True}, "`use_better: True`"),
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4.*plain LoRA first"),
     "loftq": ({"init_lora_weights": "loftq"}, "loftq.*plain LoRA first"),

@@ -17,7 +17,6 @@ from chainlora.models.loading import are_same_tokenizers, load_tokenizer
 from chainlora.runs.documents import need_file, now
 from chainlora.runs.entries import (
     CONFIG,
-    CONTENT,
     RECORDS,
     RESULT,
     START,
@@ -158,12 +157,9 @@ def copy_files(
     for name, digest in history.files.items():
         kind, key, *rest = name.split("/")
         new = "/".join((kind, (places or {}).get(key, key) if kind == "stages" else key, *rest))
-        is_known = kind in CONTENT and (target / new).is_file()
-        is_known = is_known and files.sha256(target / new).startswith(digest)
-        if is_known or (existing or {}).get(new) == digest:
-            continue
-        files.copy_file(need_file(source, name, digest), target / new)
-        copied.append(name)
+        if (existing or {}).get(new) != digest:
+            files.copy_file(need_file(source, name, digest), target / new)
+            copied.append(name)
     return copied
 
 

@@ -14,7 +14,7 @@ from chainlora.errors import RunError
 from chainlora.runs.addresses import open_run, state_at
 from chainlora.runs.documents import short_digest
 from chainlora.runs.draft import drafts_in
-from chainlora.runs.entries import BASE
+from chainlora.runs.entries import BASE, Entry
 from chainlora.runs.history import History
 from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.keys import Made
@@ -149,25 +149,24 @@ def log(run: str | Path) -> list[dict[str, Any]]:
     folder, _ = split_address(run)
     history = read_history(folder)
     before = {entry.key for entry in history.lineage(history.head)}
+    shown, base = [*reversed(history.entries)], Entry(key=BASE, kind="import", state=history.empty)
+    if history.head == BASE and shown:
+        shown.append(base)
     built = [
         {
             "name": entry.key,
-            "kind": entry.kind,
+            "kind": BASE if entry is base else entry.kind,
             "state": entry.state.digest,
             "parents": list(entry.parents),
             "stages": history.stages_of(entry.key),
             "links": len(entry.state.links),
             "rows": entry.kept is not None,
-            "ended": entry.ended,
+            "ended": entry.ended or None,
             "now": entry.key == history.head,
             "before": entry.key in before and entry.key != history.head,
         }
-        for entry in reversed(history.entries)
+        for entry in shown
     ]
-    if history.head == BASE and history.entries:
-        base = {"name": BASE, "kind": BASE, "state": history.empty.digest, "parents": []}
-        counts = {"stages": [], "links": 0, "rows": False, "ended": None}
-        built.append({**base, **counts, "now": True, "before": False})
     begun = drafts_in(folder, history)
     names = [name for name in reversed(history.plan().names) if history.find(name) is None]
     unbuilt: list[dict[str, Any]] = [
