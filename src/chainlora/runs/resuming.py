@@ -36,28 +36,12 @@ def need_same(run: OpenState, before: Stage, now: RunConfig, *, has_ended: bool)
     place are compared by content; files at their place may have changed, which is told. The files
     of another stage are checked when it begins.
     """
-    new = now.model_dump(mode="json")
-    if differing := differences(before.config, new):
-        key, (was, given) = next(iter(differing.items()))
-        raise _other_config(run, before.name, key, was, given, has_ended=has_ended)
+    old, new = bits_of(before.config), bits_of(now.model_dump(mode="json"))
+    if differing := [key for key in {**old, **new} if old.get(key) != new.get(key)]:
+        raise _other_config(run, before, now, differing[0], has_ended=has_ended)
     _need_same_base(run, before.config, now)
     if has_ended:
         _need_same_files(run, before, now)
-
-
-def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return the keys of two stored configs that decide bits and differ, with their values."""
-    old, new = bits_of(before), bits_of(now)
-    shown = (_flat(before), _flat(now))
-    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    return {key: (shown[0].get(key), shown[1].get(key)) for key in keys}
-
-
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    sections = {part: config.get(part) or {} for part in ("data", "chain", "train")}
-    return {
-        f"{part}.{key}": value for part, keys in sections.items() for key, value in keys.items()
-    }
 
 
 def _need_same_files(run: OpenState, stage: Stage, now: RunConfig) -> None:
@@ -78,8 +62,7 @@ def _need_same_files(run: OpenState, stage: Stage, now: RunConfig) -> None:
         if digests == stage.sources.get(key):
             continue
         if is_moved or len(pairs) < len(sources):
-            old, new = _flat(stage.config).get(key), _flat(now.model_dump(mode="json")).get(key)
-            raise _other_config(run, stage.name, key, old, new, has_ended=True)
+            raise _other_config(run, stage, now, key, has_ended=True)
         told = "%s: %s has changed since it was trained; the stage stays as it is"
         logger.warning(told, stage.name, key)
 
@@ -170,15 +153,18 @@ def _digests(data: DataConfig) -> dict[str, list[str]]:
 
 
 def _other_config(
-    run: OpenState, stage: str, key: str, old: Any, new: Any, *, has_ended: bool
+    run: OpenState, stage: Stage, now: RunConfig, key: str, *, has_ended: bool
 ) -> RunError:
     """Return the error for a config key that differs from a stage of the run."""
+    part, name = key.split(".")
+    configs = (stage.config, now.model_dump(mode="json"))
+    old, new = ((config.get(part) or {}).get(name) for config in configs)
     got = f"{key} is {one_value(new):.60}, was {one_value(old):.60}"
-    if key in run.history.plan().stages[0].sources and has_ended:
+    if key in stage.sources and has_ended:
         got += ", compared by content"
     remedy = "use that config, give the new stage another name (--name), or choose another output"
     rule = "a stage keeps the config it began with"
-    return RunError(rule, f"stage {stage!r}: {got} in {run.run}", remedy)
+    return RunError(rule, f"stage {stage.name!r}: {got} in {run.run}", remedy)
 
 
 def check_resumed(before: Training, rows: str) -> None:
