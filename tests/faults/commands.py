@@ -267,8 +267,8 @@ def files_of(where: Path) -> dict[str, Any]:
     if (where / "cells").is_dir():
         lines = (where / "cells/results.jsonl").read_text().splitlines()
         return {"results": list(map(timeless, lines))}
-    sums = checksums(where)  # a kill leaves the name of the holder
-    found: dict[str, Any] = {n: s for n, s in sums.items() if not n.endswith(".lock.json")}
+    passing = (".lock.json", "sent.jsonl")  # a kill leaves the holder; copies are noted by place
+    found: dict[str, Any] = {n: s for n, s in checksums(where).items() if not n.endswith(passing)}
     for name in found:
         lines = (where / name).read_text(errors="replace").splitlines()
         if name.endswith((".yaml", ".md")):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,22 +148,17 @@ def purge(run: Path, name: str = "") -> History:
 
 
 def _gone(run: Path, history: History, name: str) -> list[Path]:
-    """Return what to delete, in order."""
-    return sorted(_unnamed(run, history), key=lambda path: (path == run / "stages" / name, path))
-
-
-def _unnamed(run: Path, history: History) -> Iterator[Path]:
-    """Yield files and folders that the history does not name, and outdated pictures of the run."""
-    named = {"/".join(name.split("/")[:2]) for name in history.files}
-    for folder in (*CONTENT, "stages"):
-        for path in (run / folder).glob("*"):
-            if f"{folder}/{path.name}" not in named:
-                yield path
-    yield from ended_leftovers(run, history)
-    yield from (run / name for name in _SHOWN if (run / name).exists())
+    """Return what to delete, in order: what the history does not name, and outdated pictures."""
+    named = {"/".join(file.split("/")[:2]) for file in history.files}
+    folders = (*CONTENT, "stages")
+    gone = [path for folder in folders for path in (run / folder).glob("*")]
+    gone = [path for path in gone if path.relative_to(run).as_posix() not in named]
+    gone += ended_leftovers(run, history)
+    gone += [run / shown for shown in _SHOWN if (run / shown).exists()]
     # scratch files of a killed report may hold rows; those of the history go when it is replaced
-    names = (path.name for path in run.iterdir() if files.is_scratch(path.name))
-    yield from (run / name for name in names if not name.startswith(f"{HISTORY}."))
+    scratch = (path for path in run.iterdir() if files.is_scratch(path.name))
+    gone += [path for path in scratch if not path.name.startswith(f"{HISTORY}.")]
+    return sorted(gone, key=lambda path: (path == run / "stages" / name, path))
 
 
 def _keep_scores(run: Path, history: History) -> None:

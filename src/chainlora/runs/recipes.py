@@ -15,7 +15,7 @@ key (`runs.history.Made`), which holds the contents of its parents. So equal key
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Annotated, Any, Literal
@@ -255,7 +255,11 @@ class Recipes:
             return self.state(parts[0])
         known = short_digest([parts, how.model_dump(mode="json")])
         if known not in self._wholes:
-            self._wholes[known] = self._combination(parts, how)
+            start = [self.start] if how.general and self.start is not None else []
+            own = how.model_dump(mode="json", include={"rank", "keep_conflicts", "steps"})
+            weights = tuple(how.importance.get(name) for name in (*parts, *[START] * len(start)))
+            parents = (*map(self.state, parts), *start)
+            self._wholes[known] = Recipe("combine", own, parents, how=how, weights=weights)
         return self._wholes[known]
 
     def state(self, name: str) -> Recipe:
@@ -269,10 +273,3 @@ class Recipes:
             place = self.plan.names.index(name)
             self._stages[name] = Recipe(stage.kind, stage.own, parents, stage, place)
         return self._stages[name]
-
-    def _combination(self, parts: Sequence[str], how: How) -> Recipe:
-        start = [self.start] if how.general and self.start is not None else []
-        own = how.model_dump(mode="json", include={"rank", "keep_conflicts", "steps"})
-        weights = tuple(how.importance.get(name) for name in (*parts, *[START] * len(start)))
-        parents = (*map(self.state, parts), *start)
-        return Recipe("combine", own, parents, how=how, weights=weights)
