@@ -15,7 +15,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import itertools
-import json
 import os
 import re
 import shutil
@@ -23,7 +22,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from chainlora.errors import FileError
 
@@ -78,11 +77,6 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace a UTF-8 text file atomically and durably."""
     write_bytes(path, text.encode("utf-8"))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file atomically and durably."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_tensors(

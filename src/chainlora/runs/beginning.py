@@ -122,10 +122,11 @@ def _with_keys_of(history: History, names: Collection[str]) -> History:
     for name in history.plan().names:
         recipe, made = history.recipes().state(name), Made(history)
         entry, key = history.find(name), made.key(recipe)
-        if name in names and entry is not None and key is not None and not recipe.reads_rows:
-            entries = (e.model_copy(update={"digest": key}) if e is entry else e
-                       for e in history.entries)  # fmt: skip
-            history = history.model_copy(update={"entries": tuple(entries)})
+        reads_rows = any(parent.kind == "start" for parent in recipe.parents)
+        if name in names and entry is not None and key is not None and not reads_rows:
+            new = entry.model_copy(update={"digest": key})
+            entries = tuple(new if e is entry else e for e in history.entries)
+            history = history.model_copy(update={"entries": entries})
     return history
 
 

@@ -144,7 +144,6 @@ def export_adapter(
     if isinstance(source, Chain):
         error = max([error, *(link.error for link in links if link.index == len(source))])
     with filled_folder(output) as scratch:
-        actual_rank = write_adapter(scratch, factors, named)
         if folder is not None:
             copy_licences(folder, scratch)
             _save_tokenizer(source, folder, scratch)
@@ -153,7 +152,7 @@ def export_adapter(
             keys = {"rank": rank, "tolerance": tolerance, "num_links": num_links}
             facts["lineage"] = lineage_of(source, folder, naming, "adapter", **keys)
             facts["story"] = story_of(source, num_links)
-        write_adapter_card(scratch, links, actual_rank, error, named, **facts)
+        actual_rank = write_adapter(scratch, links, factors, error, named, **facts)
     done = {"to": "adapter", "output": str(output), "links": len(links), "rank": actual_rank}
     is_exact = tolerance is None and error == 0.0
     return done | {"error": error, "exact": is_exact, "base": named.model}
@@ -264,8 +263,19 @@ def _with_biases(stacked: Mapping[str, Factors]) -> dict[str, Factors]:
     }
 
 
-def write_adapter(folder: Path, factors: Mapping[str, Factors], base: Base) -> int:
-    """Write the factors of a chain as one PEFT adapter; return its rank."""
+def write_adapter(
+    folder: Path,
+    links: Sequence[Link],
+    factors: Mapping[str, Factors],
+    error: float,
+    base: Base,
+    lineage: Lineage | None = None,
+    **facts: Any,
+) -> int:
+    """Write the factors of a chain as one PEFT adapter, its card and its lineage; return its rank.
+
+    The card and the lineage tell of all that is in the folder. `facts` are more fields of `Card`.
+    """
     rank = max(pair.a.shape[0] for pair in factors.values())
     config = LinkConfig(
         rank=rank,
@@ -283,24 +293,12 @@ def write_adapter(folder: Path, factors: Mapping[str, Factors], base: Base) -> i
         fan_in_fan_out=base.fan_in_fan_out,
         task_type=base.task_type,
     )
-    return rank
-
-
-def write_adapter_card(
-    folder: Path,
-    links: Sequence[Link],
-    rank: int,
-    error: float,
-    base: Base,
-    lineage: Lineage | None = None,
-    **facts: Any,
-) -> None:
-    """Write the model card of an adapter, and its lineage; `facts` are more fields of `Card`."""
     kind = f"relative error {error:.2e}" if error else "exact"
     what = f"with a chain of {len(links)} LoRA link(s) as one adapter of rank {rank} ({kind})."
     is_causal = base.task_type == CAUSAL
     card = Card(what, base.model, "peft", links, rank, is_causal=is_causal, **facts)
     write_card(folder, card, lineage)
+    return rank
 
 
 def empty_folder(output: str | Path) -> Path:

@@ -218,11 +218,6 @@ class Recipe:
         own = [self] if self.stage is not None else []
         return sorted([*found, *own], key=lambda recipe: recipe.place)
 
-    @property
-    def reads_rows(self) -> bool:
-        """Say whether rows of the base are one of its parents."""
-        return any(parent.kind == "start" for parent in self.parents)
-
 
 class Recipes:
     """The recipes of a plan. `base` decides the bits of the base, `general` those of its rows."""

@@ -21,6 +21,7 @@ stage into the history.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
 from pathlib import Path, PurePosixPath
@@ -266,7 +267,8 @@ class Work:
             links = self._tied[:num_links]
             if partial is not None:
                 links = [*links, self._save_link(partial)]
-        files.write_json(self.folder / RESULT, result)
+        text = json.dumps(result, indent=2, ensure_ascii=False)
+        files.write_text(self.folder / RESULT, f"{text}\n")
         self._hash(RESULT)
         records = self._log.flushed()
         sums = {n: digest for n, digest in self._hashes.items() if not _is_in(n, PASSING)}
