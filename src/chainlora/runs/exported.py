@@ -82,10 +82,9 @@ def _is_adapter(folder: Path) -> bool:
 def _adapter_on_base(folder: Path, lineage: Lineage | None, dtype: str | torch.dtype) -> Loaded:
     """Return an adapter on the base that it names. Raises RunError if the base is not found."""
     start = load_start(folder)
+    name = "" if start.adapter is None else start.adapter.base
     if start.state is not None:  # a Trainer's save, with its chain
         name = start.state.base.model
-    else:
-        name = "" if start.adapter is None else start.adapter.base
     base_facts = None if lineage is None else lineage.history.base
     quantize = None if base_facts is None else base_facts.quantize
     base = OpenBase(from_above(name, folder), dtype, quantize)

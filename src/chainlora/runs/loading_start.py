@@ -154,15 +154,14 @@ def load_chain(
     weights = checkpoint or folder_of(model)
     address = directory if is_run(directory) else chain_folder(Path(expanduser(directory)))
     state = open_run(address) if is_run(address) else None
-    if state is None:
-        chain = Chain(model, hold=hold_for(model), checkpoint=weights)
-    else:
-        history = state.history
-        chain = Chain(model, seed=history.seed, hold=history.hold, checkpoint=weights)
+    seed, hold = 0, hold_for(model)
+    if state is not None:
+        seed, hold = state.history.seed, state.history.hold
+    chain = Chain(model, seed=seed, hold=hold, checkpoint=weights)
     if state is not None and not state.has_run:
         restore_chain(chain, state)
-        return chain
-    put_on(load_start(directory), chain)
+    else:
+        put_on(load_start(directory), chain)
     return chain
 
 
