@@ -207,11 +207,9 @@ class OpenState:
         """
         others = [*reversed(self.lineage), *self.history.entries]
         entry = next((e for e in others if e.has_config), None)
-        if entry is None and self.has_run:
-            rule, remedy = "a run must have ended a stage", "chainlora train RUN trains it"
-            raise RunError(rule, f"none in {self.run}", remedy)
         if entry is None:
-            raise RunError("a saved chain has no config", self.run, "name a run")
+            remedy = "chainlora train RUN trains one" if self.has_run else "a saved chain has none"
+            raise RunError("a run must have ended a stage", f"none in {self.run}", remedy)
         return entry
 
     def config(self) -> RunConfig:
