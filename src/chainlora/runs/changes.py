@@ -66,11 +66,6 @@ def undo(run: str | Path, to: str | None = None) -> OpenState:
     return open_run(run)
 
 
-def has_work(history: History) -> bool:
-    """Say whether a run lacks something that its plan wants."""
-    return bool(work_left(history))
-
-
 def work_left(history: History) -> list[str]:
     """Return what a run lacks of its plan, such as "train facts", in the order of the work."""
     made, wanted = Made(history), history.recipes().wanted
