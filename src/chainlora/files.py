@@ -40,6 +40,7 @@ _REMEDIES = {
     errno.EACCES: "choose a folder that can be written, or change its permissions",
     errno.EPERM: "choose a folder that can be written, or change its permissions",
     errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTEMPTY: "choose another folder",
     errno.ENOTDIR: "choose a path whose parents are folders",
     errno.EIO: "check the disk",
     errno.EBUSY: "choose a folder inside it",  # a mount point cannot be renamed

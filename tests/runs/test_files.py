@@ -21,7 +21,7 @@ from helpers import sign
 from to_gguf.test_from_gguf import TOKENS, write_gguf
 
 from chainlora import export_adapter, files
-from chainlora.errors import FileError, RunError
+from chainlora.errors import FileError
 from chainlora.evaluation.stage_scores import Cell, line_of, stage_matrix
 from chainlora.models.loading import load_model
 from chainlora.runs.export import empty_folder
@@ -104,8 +104,7 @@ def test_an_output_that_was_filled_meanwhile_stays(stored_run, tmp_path, caplog)
         return True
 
     caplog.handler.addFilter(meanwhile)
-    filled = r"must be a new or empty directory \(got .*, which is not e"
-    with pytest.raises(RunError, match=filled):
+    with pytest.raises(FileError, match=r"\(got Directory not empty for .*out\); choose another"):
         export_adapter(run, tmp_path / "out")
     assert json.loads((tmp_path / "out/adapter_config.json").read_text())["r"] == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]

@@ -12,8 +12,8 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from os.path import expanduser
 from pathlib import Path
@@ -80,7 +80,7 @@ def export_merged(
     model, tokenizer = load_run(state, num_links=num_links)
     _stop_at_turns(model.generation_config, tokenizer)
     links = state.links(num_links)
-    with filled_folder(output) as scratch:
+    with files.replaced_folder(output, only_empty=True) as scratch:
         save_model(model, tokenizer, scratch)
         if base is not None:
             copy_licences(base, scratch)
@@ -143,7 +143,7 @@ def export_adapter(
     factors, error = adapter_factors(links, rank=rank, tolerance=tolerance)
     if isinstance(source, Chain):
         error = max([error, *(link.error for link in links if link.index == len(source))])
-    with filled_folder(output) as scratch:
+    with files.replaced_folder(output, only_empty=True) as scratch:
         if folder is not None:
             copy_licences(folder, scratch)
             _save_tokenizer(source, folder, scratch)
@@ -312,11 +312,3 @@ def empty_folder(output: str | Path) -> Path:
     refuse_if_taken(output)
     files.remove_killed(output)
     return output
-
-
-@contextmanager
-def filled_folder(output: Path) -> Iterator[Path]:
-    """Yield a scratch folder, then move it to `output`. Raises RunError if `output` is filled."""
-    with files.replaced_folder(output) as scratch:
-        yield scratch
-        refuse_if_taken(output)
