@@ -145,32 +145,23 @@ def replaced_folder(path: Path, *, only_empty: bool = False) -> Iterator[Path]:
     Raises FileError if writing failed, or with `only_empty` if `path` exists and is not empty.
     """
     path = path.resolve() if path.is_symlink() else path
-    scratch = _scratch(path, ".new")
+    scratch, old = _scratch(path, ".new"), _scratch(path, ".old")
     with reported(path):
         make_folder(path.parent)
         scratch.mkdir()
         try:
             yield scratch
             sync_tree(scratch)
-            _swap(scratch, path, only_empty)
+            if path.exists():
+                path.rmdir() if only_empty else path.rename(old)
+            scratch.rename(path)
         except BaseException:
+            if old.exists() and not path.exists():
+                old.rename(path)
             shutil.rmtree(scratch, ignore_errors=True)
             raise
-
-
-def _swap(scratch: Path, path: Path, only_empty: bool) -> None:
-    """Rename a scratch folder to `path`, and delete the folder that was there."""
-    old = _scratch(path, ".old")
-    if path.exists():
-        path.rmdir() if only_empty else path.rename(old)
-    try:
-        scratch.rename(path)
-    except OSError:
-        if old.exists():
-            old.rename(path)
-        raise
-    sync_folder(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+        sync_folder(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
