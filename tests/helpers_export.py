@@ -78,14 +78,19 @@ def relative_error(found: dict[str, torch.Tensor], true: dict[str, torch.Tensor]
 
 def save_lora(folder: Path, base: Path, seed: int = 0, **keys: Any) -> str:
     """Save a LoRA of plain PEFT, with drawn weights, and the tokenizer, as trainers do."""
-    keys = {"target_modules": ["q_proj", "down_proj"], "r": 4, "lora_alpha": 6} | keys
-    model = AutoModelForCausalLM.from_pretrained(base)
-    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **keys))
-    draw = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=draw))
-    model.save_pretrained(folder)
+    keys = {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"} | keys
+    save_drawn(AutoModelForCausalLM.from_pretrained(base), folder, seed, **keys)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     return str(folder)
+
+
+@torch.no_grad()
+def save_drawn(model: Any, folder: Path, seed: int, **keys: Any) -> Path:
+    """Save a LoRA all of whose weights are drawn: nothing of it is zero or the base's."""
+    model = peft.get_peft_model(model, peft.LoraConfig(**{"r": 4, "lora_alpha": 6} | keys))
+    draw = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=draw))
+    model.save_pretrained(folder)
+    return folder

@@ -15,7 +15,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import itertools
-import json
 import os
 import re
 import shutil
@@ -23,7 +22,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from chainlora.errors import FileError
 
@@ -41,8 +40,10 @@ _REMEDIES = {
     errno.EACCES: "choose a folder that can be written, or change its permissions",
     errno.EPERM: "choose a folder that can be written, or change its permissions",
     errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTEMPTY: "choose another folder",
     errno.ENOTDIR: "choose a path whose parents are folders",
     errno.EIO: "check the disk",
+    errno.EBUSY: "choose a folder inside it",  # a mount point cannot be renamed
     **dict.fromkeys(
         (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP), "choose a folder on a disk with file locks"
     ),
@@ -70,20 +71,13 @@ def file_error(error: OSError, path: str | Path, verb: str) -> FileError:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace a file atomically and durably."""
-    with replaced_file(path) as scratch, scratch.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    with replaced_file(path) as scratch:
+        scratch.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a UTF-8 text file atomically and durably."""
     write_bytes(path, text.encode("utf-8"))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file atomically and durably."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_tensors(
@@ -92,7 +86,6 @@ def write_tensors(
     """Replace a safetensors file atomically and durably."""
     with replaced_file(path) as scratch:
         save_tensors(scratch, tensors, metadata)
-        sync_file(scratch)
 
 
 def save_tensors(
@@ -124,16 +117,16 @@ def copy_file(source: Path, path: Path) -> None:
     remove_scratch(path.parent, path.name)
     with replaced_file(path) as scratch:
         shutil.copyfile(source, scratch)
-        sync_file(scratch)
 
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
-    """Yield a scratch path; rename it to `path` at the end, or delete it after an error."""
+    """Yield a scratch path; flush it and rename it to `path`, or delete it after an error."""
     scratch = _scratch(path, ".new")
     with reported(path):
         try:
             yield scratch
+            sync_file(scratch)
             # finer than most file systems' clocks: readers detect changes by it
             stamp = time.time_ns()
             os.utime(scratch, ns=(stamp, stamp))
@@ -152,50 +145,23 @@ def replaced_folder(path: Path, *, only_empty: bool = False) -> Iterator[Path]:
     Raises FileError if writing failed, or with `only_empty` if `path` exists and is not empty.
     """
     path = path.resolve() if path.is_symlink() else path
-    scratch = _scratch(path, ".new")
+    scratch, old = _scratch(path, ".new"), _scratch(path, ".old")
     with reported(path):
         make_folder(path.parent)
         scratch.mkdir()
         try:
             yield scratch
-            _set_modes(scratch)
             sync_tree(scratch)
-            _swap(scratch, path, only_empty)
+            if path.exists():
+                path.rmdir() if only_empty else path.rename(old)
+            scratch.rename(path)
         except BaseException:
+            if old.exists() and not path.exists():
+                old.rename(path)
             shutil.rmtree(scratch, ignore_errors=True)
             raise
-
-
-def _set_modes(folder: Path) -> None:
-    """Set the permissions of all files below a new folder by the umask, as libraries may not."""
-    mode = folder.stat().st_mode & 0o666
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(mode)
-
-
-def _swap(scratch: Path, path: Path, only_empty: bool) -> None:
-    """Rename a scratch folder to `path`, and delete the folder that was there."""
-    old = _scratch(path, ".old")
-    if path.exists():
-        try:
-            path.rmdir() if only_empty else path.rename(old)
-        except OSError as error:
-            if error.errno != errno.EBUSY or any(path.iterdir()):
-                raise
-            for entry in list(scratch.iterdir()):  # a mount point cannot be renamed
-                shutil.move(entry, path / entry.name)
-            sync_tree(path)
-            scratch.rmdir()
-            return
-    try:
-        scratch.rename(path)
-    except OSError:
-        if old.exists():
-            old.rename(path)
-        raise
-    sync_folder(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+        sync_folder(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
@@ -220,7 +186,6 @@ def put_folder(scratch: Path, path: Path) -> None:
             if checksums(path) == checksums(scratch):
                 return
             remove(path)
-        _set_modes(scratch)
         sync_tree(scratch)
         scratch.rename(path)
         sync_folder(path.parent)
@@ -266,22 +231,25 @@ def remove_scratch(folder: Path, name: str = "") -> None:
             shutil.rmtree(entry) if is_folder else entry.unlink()
 
 
-def writer_of(path: Path) -> int | None:
-    """Return the id of another process of this machine that is writing a file or folder, or None.
+def remove_killed(path: Path) -> None:
+    """Delete what killed processes left of a file or folder beside it.
 
-    A process that began after the last write does not count: it got the id of a killed process.
+    Raises FileError if another process of this machine is writing it. A process that began after
+    the last write is not that one: it got the id of a killed process.
     """
     import psutil  # a slow import
 
     for entry in list(path.parent.iterdir()) if path.parent.is_dir() else ():
         match = _SCRATCH.search(entry.name)
         if match is not None and entry.name[: match.start()] == path.name:
-            number = int(match[1])
+            number, is_older = int(match[1]), False
             with suppress(psutil.Error, OSError):  # the process or the file no longer exists
                 is_older = psutil.Process(number).create_time() < entry.stat().st_mtime
-                if is_older and number != os.getpid():
-                    return number
-    return None
+            if is_older and number != os.getpid():
+                rule = f"Cannot write {path}: process {number} writes it"
+                raise FileError(f"{rule}. Wait for it, or choose another output.")
+    with reported(path):
+        remove_scratch(path.parent, path.name)
 
 
 def is_scratch(name: str) -> bool:
@@ -322,9 +290,17 @@ def sync_folder(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Flush a folder with all files and folders below it to disk."""
+    """Flush a new folder with all below it to disk, with permissions by the umask.
+
+    Libraries may write files that only their owner can read.
+    """
+    mode = folder.stat().st_mode & 0o666
     for entry in folder.iterdir():
-        sync_tree(entry) if entry.is_dir() else sync_file(entry)
+        if entry.is_dir():
+            sync_tree(entry)
+        else:
+            entry.chmod(mode)
+            sync_file(entry)
     sync_folder(folder)
 
 
@@ -346,9 +322,6 @@ def checksums(folder: Path) -> dict[str, str]:
 def check_writable(path: Path) -> None:
     """Raise FileError unless a folder can be made at `path`, or written to if it exists."""
     with reported(path):
-        if path.is_symlink() and not path.exists():
-            rule = "a folder must not be a broken symbolic link"
-            raise FileError(rule, path, "remove the link or make its target")
         existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not existing.is_dir():
         got = f"{path}, at or below the file {existing}"

@@ -20,7 +20,6 @@ from chainlora.runs.export import (
     copy_licences,
     empty_folder,
     export_merged,
-    filled_folder,
 )
 from chainlora.runs.lineage import Target, lineage_of
 from chainlora.runs.opening import tokenizer_of
@@ -71,7 +70,7 @@ def export_gguf(
     lora = _lora(links, rank, tolerance) if as_adapter else None
     name = name_for(naming.base or public_name(state.base.model), tokenizer)
 
-    with filled_folder(output) as scratch:
+    with files.replaced_folder(output, only_empty=True) as scratch:
         # 2. Write the model, the LoRA and the Modelfile.
         model = scratch / ("base.gguf" if lora else "model.gguf")
         kind = _write_model(model, state, 0 if lora else num_links, tokenizer, kind, name)

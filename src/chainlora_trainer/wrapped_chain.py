@@ -37,14 +37,13 @@ from chainlora.models.finding import folder_of
 from chainlora.models.modes import kept_random_state
 from chainlora.runs.addresses import open_run
 from chainlora.runs.cards import is_of_another
-from chainlora.runs.export import adapter_factors, write_adapter, write_adapter_card
+from chainlora.runs.export import adapter_factors, write_adapter
 from chainlora.runs.loading_start import Start, put_on
 from chainlora.runs.paths import exists_in
 from chainlora.runs.saved_chain import (
     INSIDE,
     current_links,
     describe_base,
-    read_chain,
     restore_chain,
     write_chain,
 )
@@ -129,12 +128,12 @@ class WrappedChain:
         links, base = current_links(self.chain), describe_base(self.chain)
         factors, _ = adapter_factors(links)
         with files.reported(folder), tempfile.TemporaryDirectory(dir=folder) as scratch:
-            rank = write_adapter(Path(scratch), factors, base)
+            error = sum(link.error for link in links[len(self.chain) :])  # of the live link
+            write_adapter(Path(scratch), links, factors, error, base)
             adapter = files.sha256(Path(scratch) / "adapter_model.safetensors")
             write_chain(self.chain, links, folder / INSIDE, self.numbers, adapter)
-            if not is_of_another(folder):  # the trainer's own card stays
-                error = sum(link.error for link in links[len(self.chain) :])  # of the live link
-                write_adapter_card(Path(scratch), links, rank, error, base)
+            if is_of_another(folder):  # the trainer's own card stays
+                (Path(scratch) / "README.md").unlink()
             for file in sorted(Path(scratch).iterdir()):  # replace each earlier file atomically
                 files.sync_file(file)
                 file.replace(folder / file.name)
@@ -147,10 +146,8 @@ class WrappedChain:
                 f"a checkpoint must contain a chain (got none in {folder}, which was saved without "
                 "ChainCallback); start over"
             )
-        saved = read_chain(open_run(folder / INSIDE))
-        self.numbers = saved.memory.numbers
         with self._putting_in():
-            restore_chain(self.chain, saved)
+            self.numbers = restore_chain(self.chain, open_run(folder / INSIDE)).numbers
 
     @contextmanager
     def _putting_in(self) -> Iterator[None]:

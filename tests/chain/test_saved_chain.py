@@ -116,7 +116,7 @@ def test_saving_over_a_chain_replaces_it(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["chain"]
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
-    with pytest.raises(ChainLoRAError, match="new or empty folder, or over another chain"):
+    with pytest.raises(ChainLoRAError, match="must be a new or empty directory"):
         save_chain(chain, tmp_path / "other")
 
 

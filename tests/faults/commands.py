@@ -115,46 +115,34 @@ def make_world(folder: Path) -> World:
 
 # --- commands ---
 
-Listener = Callable[[Any], None]
+Listener = Callable[[Any], None] | None
 
 
-def _silent(event: Any) -> None:
-    pass
-
-
-def train_run(
-    world: World,
-    where: Path,
-    listener: Listener = _silent,
-    **sections: Any,
-) -> None:
+def train_run(world: World, where: Path, listener: Listener = None) -> None:
     """Train the first stage."""
     tree = world.tree | {"output": str(where / "run")}
-    tree |= {name: tree[name] | keys for name, keys in sections.items()}
     train_stages(make_stages(tree), listener=listener)
 
 
-def _extend(world: World, where: Path, listener: Listener = _silent) -> None:
+def _extend(world: World, where: Path, listener: Listener = None) -> None:
     """Train a second stage, of preferences."""
     train_stages(extension(where / "run", world.pairs), listener=listener)
 
 
-def _fork(world: World, where: Path, listener: Listener = _silent) -> None:
+def _fork(world: World, where: Path, listener: Listener = None) -> None:
     stages = extension(f"{where / 'run'}@facts", world.pairs | {"output": str(where / "fork")})
     train_stages(stages, listener=listener)
 
 
-def _beside(
-    world: World, where: Path, listener: Listener = _silent, name: str = "law", rows: int = 8
-) -> None:
+def _beside(world: World, where: Path, listener: Listener = None) -> None:
     """Train a stage beside the others, and combine them."""
-    own = world.tree["stages"][0]["data"] | {"num_train": rows}
+    own = world.tree["stages"][0]["data"] | {"num_train": 8}
     chain = {"ranks": [2], "steps": [2]}
-    stages = extension(where / "run", {"name": name, "data": own, "chain": chain}, beside=True)
+    stages = extension(where / "run", {"name": "law", "data": own, "chain": chain}, beside=True)
     train_stages(stages, listener=listener)
 
 
-def _erase(world: World, where: Path, listener: Listener = _silent) -> None:
+def _erase(world: World, where: Path, listener: Listener = None) -> None:
     """Train stage `law` again on fewer rows, and erase what came from the former ones."""
     rows = Path(world.tree["stages"][0]["data"]["train"])
     fewer = rows.with_name("fewer.jsonl")
@@ -164,13 +152,13 @@ def _erase(world: World, where: Path, listener: Listener = _silent) -> None:
     update(where / "run", "law", listener=listener, **keys)
 
 
-def _add(world: World, where: Path, listener: Listener = _silent) -> None:
+def _add(world: World, where: Path, listener: Listener = None) -> None:
     """Add an adapter that was trained elsewhere, and combine it with the stage."""
     rows = world.tree["stages"][0]["data"] | {"num_train": 8}
     add(where / "run", world.folder / "adapter", rows, name="law")
 
 
-def _experiment(world: World, where: Path, listener: Listener = _silent) -> None:
+def _experiment(world: World, where: Path, listener: Listener = None) -> None:
     own = world.tree["stages"][0]["data"]
     rows = {"num_train": 8, "num_validation": 4, "num_test": 4}
     files = {"train": own["train"], "validation": own["validation"], "test": own["validation"]}
@@ -267,8 +255,8 @@ def files_of(where: Path) -> dict[str, Any]:
     if (where / "cells").is_dir():
         lines = (where / "cells/results.jsonl").read_text().splitlines()
         return {"results": list(map(timeless, lines))}
-    sums = checksums(where)  # a kill leaves the name of the holder
-    found: dict[str, Any] = {n: s for n, s in sums.items() if not n.endswith(".lock.json")}
+    passing = (".lock.json", "sent.jsonl")  # a kill leaves the holder; copies are noted by place
+    found: dict[str, Any] = {n: s for n, s in checksums(where).items() if not n.endswith(passing)}
     for name in found:
         lines = (where / name).read_text(errors="replace").splitlines()
         if name.endswith((".yaml", ".md")):

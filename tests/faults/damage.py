@@ -127,7 +127,7 @@ def whole_files(run: Path, scratch: Path) -> Iterator[Case]:
     of files that do not belong there."""
     before = contents(run)
     for case, harm in _harms(run):
-        yield case, partial(_harmed, run, scratch, case, harm, before)
+        yield case, partial(_harmed, run, scratch, harm, before)
 
 
 def _harms(run: Path) -> Iterator[tuple[str, Callable[[Path], object]]]:
@@ -158,14 +158,12 @@ def _swap(one: Path, two: Path, run: Path) -> None:
 
 
 def _harmed(
-    run: Path, scratch: Path, case: str, harm: Callable[[Path], object], before: tuple[Any, ...]
+    run: Path, scratch: Path, harm: Callable[[Path], object], before: tuple[Any, ...]
 ) -> str:
     aside = shutil.copytree(run, scratch / "aside")
     harm(run)  # which is described by its path
     try:
-        found = verdict(run, before)
+        return verdict(run, before)
     finally:
         shutil.rmtree(run)
         shutil.move(aside, run)
-    is_said = case.endswith("metrics.jsonl missing") and found.startswith("wrong")
-    return "right" if is_said else found  # no losses to show

@@ -153,23 +153,6 @@ def test_several_processes_on_one_output(world, count, state):
     assert files_of(where) == whole.files
 
 
-@pytest.mark.parametrize("rate", [10.0, 1e3])
-def test_weights_that_are_no_numbers_are_refused_and_a_lower_rate_goes_on(world, rate):
-    where = fresh(world.folder / "not-finite")
-    keys = {"lr": rate, "max_grad_norm": 1.0}
-    end = live(partial(train_run, world, where, train=keys))
-    assert not end.is_unexpected, end.message
-    if end.status == 1:
-        assert "lower train.lr" in end.message
-        lower = {"train": keys | {"lr": 1e-3}, "change": ["train.lr"]}
-        again = live(partial(train_run, world, where, **lower))
-        assert again.status == 0, again.message
-    for link in open_run(where / "run").links():
-        for factors in link.factors.values():
-            assert factors.a.isfinite().all()
-            assert factors.b.isfinite().all()
-
-
 # --- damage
 
 
@@ -213,19 +196,17 @@ def test_a_damaged_or_missing_file_of_an_ended_stage_is_refused_in_a_line(world)
         if "/links/" in name and name.split("/")[2] not in used:
             continue  # tied after the best point: no later stage depends on it
         path, whole = where / name, (where / name).read_bytes()
-        for harm, content in (("missing", None), ("cut", whole[: len(whole) // 2])):
+        for content in (None, whole[: len(whole) // 2]):  # missing, cut
             path.unlink()
             if content is not None:
                 path.write_bytes(content)
             try:
                 make_plan(stages)
-                unharmed.add((path.name, harm))
+                unharmed.add(path.name)
             except ChainLoRAError as error:
                 said += str(error)
             path.write_bytes(whole)
     assert "\n" not in said
-    others = {each for each in unharmed if each[0] in (".lock", ".lock.json", "matrix.jsonl")}
-    # Without a history the output is none of a run's.
-    assert unharmed - others == {("metrics.jsonl", "missing")}
+    assert unharmed <= {".lock", ".lock.json", "matrix.jsonl"}
     assert [found.state for found in make_plan(stages).stages] == ["finished", "finished", "new"]
     assert checksums(where) == files

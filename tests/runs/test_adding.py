@@ -7,21 +7,19 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import peft
 import pytest
 import torch
 from faults.lives import live
 from helpers import edit_json, stage_dir
 from helpers_data import rows_of
-from helpers_export import save_lora
+from helpers_export import live as logits_of
+from helpers_export import on_fresh_base, save_lora
 from helpers_stages import unbuilt
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 import chainlora as public
-from chainlora import add, combine, load_run, open_run, stage_matrix, undo
+from chainlora import add, combine, open_run, stage_matrix, undo
 from chainlora.errors import ChainLoRAError
 from chainlora.files import checksums
 from chainlora.runs.changes import redo
@@ -60,19 +58,6 @@ def both(made, tmp_path) -> Path:
     return Path(shutil.copytree(made / "both", tmp_path / "both"))
 
 
-IDS = torch.randint(3, 131, (2, 12), generator=torch.Generator().manual_seed(0))
-
-
-@torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
-    return model.eval()(IDS).logits.float()
-
-
-def by_peft(base: Path, adapter: Path) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(base)
-    return logits(peft.PeftModel.from_pretrained(model, adapter))
-
-
 def test_an_adapter_stands_beside_a_stage(made, run, tiny_folder, tmp_path):
     before = open_run(run)
     data = {"train": str(made / "x.jsonl"), "validation": 3}
@@ -84,13 +69,13 @@ def test_an_adapter_stands_beside_a_stage(made, run, tiny_folder, tmp_path):
     assert history.state_of("z") == before.state
     counts = open_run(f"{run}@law").kept()["law"].counts
     assert counts["train"] + counts["validation"] == 12
-    torch.testing.assert_close(logits(load_run(f"{run}@law")[0]), by_peft(tiny_folder, made / "x"))
+    torch.testing.assert_close(logits_of(f"{run}@law"), on_fresh_base(tiny_folder, made / "x"))
     found = stage_matrix(run)
     assert (found.stages, found.states) == (["z", "law"], ["base", "z", "law", "after-law"])
     assert all(cell is not None for row in found.grid for cell in row)
     public.export_adapter(run, tmp_path / "out")
-    wanted = logits(load_run(run)[0])
-    torch.testing.assert_close(by_peft(tiny_folder, tmp_path / "out"), wanted, atol=2e-5, rtol=0)
+    exported = on_fresh_base(tiny_folder, tmp_path / "out")
+    torch.testing.assert_close(exported, logits_of(run), atol=2e-5, rtol=0)
     before = checksums(run)
     assert add(run, made / "x", data, name="law").state == state.state
     assert checksums(run) == before
@@ -99,29 +84,13 @@ def test_an_adapter_stands_beside_a_stage(made, run, tiny_folder, tmp_path):
     assert open_run(run).verify().with_rows.key == "law"
 
 
-def test_what_was_pruned_is_as_if_it_had_never_been_added(made, run):
-    add(run, made / "x", made / "x.jsonl")
-    wanted = checksums(run)
-    state = add(run, made / "y", made / "y.jsonl")
-    assert state.entry.parents == ("z", "x", "y")
-    prune(run, "y")
-    now = checksums(run)
-    kept = {name for name in wanted if name.split("/")[0] in ("links", "rows")}
-    assert {name: now.get(name) for name in kept} == {name: wanted[name] for name in kept}
-    assert not stage_dir(run, "y").exists()
-    assert open_run(run).stages == ["z", "x"]
-    prune(run, "z")
-    with pytest.raises(ChainLoRAError, match="a run must keep a stage"):
-        prune(run, "x")
-
-
 def test_a_run_can_begin_with_an_adapter(made, both, tiny_folder):
     """By default on the base that the adapter names, with its tokenizer."""
     state = open_run(both)
     assert (state.stages, state.key) == (["x", "y"], "after-y")
     assert state.base.model == str(tiny_folder)
     assert undo(both).key == "x"
-    torch.testing.assert_close(logits(load_run(both)[0]), by_peft(tiny_folder, made / "x"))
+    torch.testing.assert_close(logits_of(both), on_fresh_base(tiny_folder, made / "x"))
     assert read_history(both).find("start") is not None  # general rows of the base
 
 

@@ -308,15 +308,3 @@ def test_an_export_needs_the_base_of_its_run(tmp_path, runs, folders, chainlora,
         path.write_bytes(kept)
     done.refused("the base model must be the one", "(got another tokenizer_config.json)")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_export_of_a_run_on_a_relative_base_is_verified_from_elsewhere(
-    tiny_folder, sentiment, tmp_path, monkeypatch, chainlora
-):
-    """The lineage had the path as a Hub id, or its last part, by the current folder."""
-    shutil.copytree(tiny_folder, tmp_path / "models/tiny")
-    train(settings(Path("models/tiny"), sentiment, tmp_path / "run"), progress=False)
-    export_adapter(tmp_path / "run", tmp_path / "out")
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    assert chainlora("verify", "../out", "../run").status == 0

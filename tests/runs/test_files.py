@@ -2,54 +2,42 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
 import logging
 import os
 import shutil
-import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from subprocess import PIPE
 
 import pytest
 import torch
 from conftest import tiny_model
+from faults.lives import start, wait
 from helpers import sign
 from to_gguf.test_from_gguf import TOKENS, write_gguf
 
 from chainlora import export_adapter, files
-from chainlora.errors import FileError, RunError
+from chainlora.errors import FileError
 from chainlora.evaluation.stage_scores import Cell, line_of, stage_matrix
 from chainlora.models.loading import load_model
 from chainlora.runs.export import empty_folder
 
 
-def test_an_empty_folder_that_keeps_its_name_is_filled(tmp_path, monkeypatch):
-    """A mount point cannot be renamed; a symbolic link stays one."""
-    (tmp_path / "mount").mkdir()
-    (tmp_path / "target").mkdir()
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_symbolic_link_stays_one_and_its_target_is_filled(tmp_path, is_there):
+    if is_there:
+        (tmp_path / "target").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "target")
-    rename = Path.rename
-
-    def busy(self, target):
-        if self.name == "mount":
-            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", busy)
-    for name in ("mount", "link"):
-        with files.replaced_folder(tmp_path / name) as scratch:
-            (scratch / "sub").mkdir()
-            (scratch / "sub" / "file").write_text("x")
-        assert (tmp_path / name / "sub" / "file").read_text() == "x"
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["link", "mount", "target"]
+    with files.replaced_folder(tmp_path / "link") as scratch:
+        (scratch / "sub").mkdir()
+        (scratch / "sub" / "file").write_text("x")
+    assert (tmp_path / "link" / "sub" / "file").read_text() == "x"
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["link", "target"]
     assert (tmp_path / "link").is_symlink()
-    with pytest.raises(FileError, match="busy"), files.replaced_folder(tmp_path / "mount"):
-        pass  # not empty any more
 
 
 def test_a_folder_that_is_replaced_is_there_but_for_an_instant(tmp_path, monkeypatch):
@@ -83,34 +71,25 @@ def test_what_a_killed_export_left_goes_with_the_next_one(tmp_path):
     assert [each.name for each in tmp_path.iterdir()] == ["out.b.12-3.new"]
 
 
-EXPORTING = """
-import sys
-from chainlora import export_adapter
-
-run, output = sys.argv[1:]
-told = []
-
-def wait(event, arguments):
-    if event == "open" and str(arguments[0]).startswith(f"{output}.") and not told:
-        told.append(print("writes", flush=True))
-        sys.stdin.readline()
-
-sys.addaudithook(wait)
-export_adapter(run, output)
-"""
-
-
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="lives are forked")
 def test_two_exports_into_one_folder(chainlora, stored_run, tmp_path):
     """The second one deleted the files that the first one was writing."""
-    words = [sys.executable, "-c", EXPORTING, str(stored_run), str(tmp_path / "out")]
-    with subprocess.Popen(words, stdin=PIPE, stdout=PIPE, text=True) as first:
-        assert first.stdout.readline() == "writes\n"
-        done = chainlora(f"export {stored_run} --to adapter --output {tmp_path}/out")
-        said = f"(got {tmp_path}/out, which process {first.pid} writes); choose another"
-        done.refused("`output` must be written by one process at a time", said)
-        first.communicate("\n")
-    assert first.returncode == 0
-    assert chainlora(f"verify {tmp_path}/out {stored_run}").status == 0
+    out, flag = tmp_path / "out", tmp_path / "flag"
+
+    def pause(event: str, arguments: tuple) -> None:
+        if event == "open" and str(arguments[0]).startswith(f"{out}.") and not flag.exists():
+            flag.write_text("wait")
+            while flag.read_text():
+                time.sleep(0.01)
+
+    first = start(lambda: (sys.addaudithook(pause), export_adapter(stored_run, out)))
+    while not flag.exists():
+        time.sleep(0.01)
+    done = chainlora(f"export {stored_run} --to adapter --output {out}")
+    done.refused(f"Cannot write {out}: process {first[0]} writes it. Wait for it")
+    flag.write_text("")
+    assert wait(first).status == 0
+    assert chainlora(f"verify {out} {stored_run}").status == 0
 
 
 def test_an_output_that_was_filled_meanwhile_stays(stored_run, tmp_path, caplog):
@@ -125,8 +104,7 @@ def test_an_output_that_was_filled_meanwhile_stays(stored_run, tmp_path, caplog)
         return True
 
     caplog.handler.addFilter(meanwhile)
-    filled = r"must be a new or empty directory \(got .*, which is not e"
-    with pytest.raises(RunError, match=filled):
+    with pytest.raises(FileError, match=r"\(got Directory not empty for .*out\); choose another"):
         export_adapter(run, tmp_path / "out")
     assert json.loads((tmp_path / "out/adapter_config.json").read_text())["r"] == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]

@@ -15,7 +15,6 @@ import yaml
 from helpers import entry_of, records_of
 from helpers_export import IDS, logits
 from helpers_hub import COMMIT, local_hub
-from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
 from chainlora import load_run
@@ -154,7 +153,9 @@ def test_a_base_named_by_a_relative_path_is_no_hub_id_elsewhere(
     (tmp_path / "elsewhere").mkdir()
     model = ("--model", "models/tiny", "--output", "runs/a")
     assert chainlora("train", config, *model).status == 0
+    assert chainlora("export runs/a --to adapter --output out").status == 0
     monkeypatch.chdir(tmp_path / "elsewhere")
+    assert chainlora("verify ../out ../runs/a").status == 0  # its lineage had that path as a Hub id
     ask = ("export", "../runs/a", "--output", "out", "--to")
     chainlora(*ask, "adapter", "--push-to-hub", "me/chain").refused("a base that others can load")
     assert chainlora(*ask, "adapter", "--json").json["base"] == "tiny"
@@ -162,14 +163,3 @@ def test_a_base_named_by_a_relative_path_is_no_hub_id_elsewhere(
     torch.testing.assert_close(
         logits(load_run("../runs/a")[0]), logits(load_run(tmp_path / "runs/a")[0])
     )
-
-
-def test_an_export_names_its_base_on_this_machine_if_asked(
-    chainlora, finished, tiny_folder, tmp_path
-):
-    """Only then: test_leaving.py."""
-    to = ("--to", "adapter", "--output", tmp_path / "named", "--base-name", tiny_folder)
-    assert chainlora("export", finished, *to).status == 0
-    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "named")
-    expected = logits(load_run(finished)[0])
-    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=0)

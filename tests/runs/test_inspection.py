@@ -111,8 +111,6 @@ def test_a_killed_run_can_be_inspected(run, configure, tmp_path):
             metrics.write_text(line + whole)
             with pytest.raises(RunError, match=r"JSON object a line \(got .*; remove the broken"):
                 read_records(metrics)
-    metrics.unlink()  # and without records there are still the links
-    assert [row["loss"] for row in inspect_run(there)["links"]] == [None, None]
 
 
 def test_no_links_and_an_untrained_link_have_no_size(configure, tmp_path):

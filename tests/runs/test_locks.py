@@ -16,7 +16,7 @@ from helpers import train_on
 from helpers_stages import files_of, section
 
 from chainlora.runs.addresses import open_run
-from chainlora.runs.changes import has_work
+from chainlora.runs.changes import work_left
 from chainlora.runs.history_file import read_history
 from chainlora.training.stages import combine, prune
 
@@ -68,7 +68,7 @@ def test_a_second_command_is_told_who_writes_the_run(command, abc, sentiment, tm
     FIRST[command](abc, sentiment, lambda *_: None)
     wanted = {"extend": ["a", "b", "c", "d"], "combine": ["a", "c"], "prune": ["a", "c"]}
     assert open_run(abc).verify().stages == wanted[command]
-    assert not has_work(read_history(abc))
+    assert not work_left(read_history(abc))
 
 
 def _refuse_all(

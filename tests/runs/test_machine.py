@@ -22,7 +22,7 @@ from chainlora import update
 from chainlora.errors import ChainLoRAError
 from chainlora.evaluation.certificate import verify_certificate
 from chainlora.runs.addresses import open_run, state_at
-from chainlora.runs.changes import has_work, redo, undo
+from chainlora.runs.changes import redo, undo, work_left
 from chainlora.runs.entries import State
 from chainlora.runs.history import History
 from chainlora.runs.history_file import read_history
@@ -137,7 +137,7 @@ class Commands(RuleBasedStateMachine):
     @rule(kill=kills)
     def build(self, kill: int | None) -> None:
         if self.do(lambda: build_run(self.run), kill) and kill is None:
-            assert not has_work(read_history(self.run))
+            assert not work_left(read_history(self.run))
 
     @rule()
     def undo(self) -> None:
@@ -178,7 +178,7 @@ class Commands(RuleBasedStateMachine):
             work = push_run if target == "sent" else pull_run
             if self.do(lambda s=source, t=to, w=work: w(str(self.folder / s), str(t))):
                 assert open_run(to).verify().state == open_run(self.folder / source).state
-                assert not has_work(read_history(to))
+                assert not work_left(read_history(to))
 
     def teardown(self) -> None:
         """A copy whose unbuilt stages name another file of the receiver keeps no row of it."""

@@ -25,7 +25,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "tied": {},
     "tied, soft knots": {"chain": SOFT},
     "tied, bfloat16": {"train": {"dtype": "bfloat16"}},
-    "tied, soft knots, bfloat16": {"chain": SOFT, "train": {"dtype": "bfloat16"}},
     "tied, bias": {"chain": {"lora_bias": True, "target_modules": ["c_attn"]}},
     "tied, checkpointing": {"train": {"gradient_checkpointing": True}},
     "tied, no speedups": {"train": {"speedups": "off"}, "chain": {"dropout": 0.1}},

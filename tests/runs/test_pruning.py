@@ -8,11 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers import train_all, train_on
-from helpers_stages import (
-    files_of,
-    section,
-    stage_of,
-)
+from helpers_stages import files_of, section, stage_of
 
 from chainlora.cli.main import run as cli
 from chainlora.errors import RunError
@@ -91,29 +87,6 @@ def test_what_was_done_before_a_stage_was_pruned_is_not_done_again(two, tmp_path
         assert len(heads) == len(set(heads))
         undo(run, to="facts")
         train_on(run, style)
-
-
-def test_a_fork_is_pruned_of_its_parents_stage(three, tmp_path):
-    run, fork = tmp_path / "run", tmp_path / "fork"
-    own = stage_of(three, "law") | {"name": "new", "output": str(fork)}
-    train_on(f"{run}@style", own)
-    before = files_of(run)
-    prune(fork, "style")
-    assert open_run(fork).stages == ["facts"]
-    with pytest.raises(RunError, match="must be one of facts"):
-        prune(fork, "style")
-    assert files_of(run) == before
-
-
-def test_a_pruning_from_elsewhere_leaves_the_relative_name_of_the_base(
-    staged, tiny_folder, tmp_path, monkeypatch
-):
-    """So that a run that is moved together with its base still finds it."""
-    shutil.copytree(tiny_folder, tmp_path / "base")
-    train_all(staged | {"model": "base"})
-    monkeypatch.chdir("/")
-    prune(tmp_path / "run", "style")
-    assert json.loads((tmp_path / "run/history.json").read_text())["base"]["model"] == "base"
 
 
 def test_what_cannot_be_pruned_is_refused_and_the_command_asks_first(three, tmp_path, capsys):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import WORDS, tiny_model, write_rows
 from helpers import edit_json, settings
+from helpers_export import save_drawn
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -29,7 +30,7 @@ from chainlora import (
 )
 from chainlora.models.loading import load_tokenizer
 from chainlora.runs.addresses import open_run
-from chainlora.runs.loading_start import fitted, load_start, put_on
+from chainlora.runs.loading_start import check_start, load_start, put_on
 from chainlora.runs.saved_chain import save_chain
 
 IDS = torch.randint(3, 131, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -58,18 +59,9 @@ def base(architecture: str, dtype: torch.dtype = torch.float32, **keys) -> Any:
     return tiny_model(architecture, dtype=dtype, **untied | keys)
 
 
-def save_lora(folder: Path, architecture: str = "llama", model=None, dtype=None, **keys) -> Path:
-    """Save a LoRA all of whose weights are drawn: nothing of it is zero or the base's."""
-    keys = {"target_modules": TARGETS[architecture], "r": 4, "lora_alpha": 6} | keys
-    model = peft.get_peft_model(model or base(architecture), peft.LoraConfig(**keys))
-    draw = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                noise = 0.1 * torch.randn(parameter.shape, generator=draw)
-                parameter.copy_(2 * noise)
-    model.save_pretrained(folder)
-    return folder
+def save_lora(folder: Path, architecture: str = "llama", model=None, **keys) -> Path:
+    keys = {"target_modules": TARGETS[architecture]} | keys
+    return save_drawn(model or base(architecture), folder, 1, **keys)
 
 
 def edit(folder: Path, **keys) -> Path:
@@ -161,7 +153,7 @@ def test_a_saved_chain_starts_with_its_live_link(tmp_path):
     start = load_start(tmp_path / "chain")
     assert [link.id for link in start.links] == [0, 1]
     other = Chain(base("llama"))
-    assert put_on(start, other).notes == ()
+    put_on(start, other)
     torch.testing.assert_close(logits(other.model), logits(chain.model), atol=2e-6, rtol=0)
     again = load_chain(tmp_path / "chain", base("llama"))  # the chain itself gives no id twice
     assert ([link.id for link in again.links], again.tie().id) == ([0], 3)
@@ -174,19 +166,18 @@ def test_another_name_of_the_base_and_its_revision_are_said(tiny_folder, tmp_pat
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     folder = save_lora(tmp_path / "made", model=model)
     same = Chain(AutoModelForCausalLM.from_pretrained(tiny_folder))
-    assert put_on(load_start(folder), same).notes == ()
+    put_on(load_start(folder), same)
     for there in ("C:\\bases\\Llama", "C:\\hub\\models--our--Llama\\snapshots\\1\\"):
         edit(folder, base_model_name_or_path="our/Llama")
         same = Chain(AutoModelForCausalLM.from_pretrained(tiny_folder))
         same.model.config._name_or_path = there
-        assert put_on(load_start(folder), same).notes == ()
+        put_on(load_start(folder), same)
     edit(folder, base_model_name_or_path="some/model", revision="abc")
     other = Chain(base("llama", vocab_size=model.config.vocab_size))
-    start = fitted(load_start(folder), other, "our/model")
-    notes = start.notes
-    assert notes[0] == "the adapter is for revision abc of its base"
-    assert notes[1].startswith("the adapter is for another base, some/model, than our/model;")
-    assert all(note in caplog.text for note in notes)
+    assert caplog.text == ""
+    check_start(load_start(folder), other, "our/model")
+    assert "the adapter is for revision abc of its base" in caplog.text
+    assert "the adapter is for another base, some/model, than our/model;" in caplog.text
     assert load_start(folder).tokenizer is None
 
 
@@ -234,8 +225,6 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         r"a plain LoRA .got `modules_to_save: \['lm_head'\]`.*merge it with PEFT",
     ),
     "biases": ({"bias": "all"}, "`bias: 'all'`.*merge it"),
-    "tokens": ({"trainable_token_indices": [1]}, "`trainable_token_indices: .1.`"),
-    "layers made twice": ({"layer_replication": [[0, 2]]}, "`layer_replication"),
     "a key of tomorrow": ({"use_better": True}, "`use_better: True`"),
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4.*plain LoRA first"),
     "loftq": ({"init_lora_weights": "loftq"}, "loftq.*plain LoRA first"),

@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, Phase, settings, strategies
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from chainlora.errors import ChainLoRAError, RunError, TrainingError
-from chainlora.runs.changes import has_work, redo, undo
+from chainlora.runs.changes import redo, undo, work_left
 from chainlora.runs.draft import drafts_in
 from chainlora.runs.history import History
 from chainlora.runs.history_file import read_history
@@ -84,7 +84,7 @@ def updating(name: str, edit: int, purge: bool) -> Edit:
         assert stage is not None
         sources = {"data.train": [content_of(name, edit)]}
         new = stage.model_copy(update={"sources": sources})
-        history = history.changed([new], f"update {name}")
+        history = history.edited(history.plan().with_changed([new]), f"update {name}")
         return history.marked(history.former) if purge and history.former else history
 
     return change
@@ -412,7 +412,7 @@ class Commands(RuleBasedStateMachine):
     @rule()
     def build(self) -> None:
         build(self.run)
-        assert not has_work(read_history(self.run))
+        assert not work_left(read_history(self.run))
 
     @invariant()
     def is_what_the_plan_says(self) -> None:

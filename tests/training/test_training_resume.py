@@ -256,7 +256,9 @@ def test_watchers_may_change_over_a_resume_and_science_may_not(tiny_folder, sent
 
     assert find(save_every=7, trackers=["tensorboard"]) == "finished"
     for keys in ({"seed": 1}, {"lr": 1e-4}, {"dtype": "bfloat16"}):
-        with pytest.raises(RunError, match=r"keeps its config \(got train\.\w+ is .*, was "):
+        with pytest.raises(
+            RunError, match=r"began with \(got stage 'main': train\.\w+ is .*, was "
+        ):
             find(**keys)
     with pytest.raises(RunError, match=r"train.lr is 0.0001, was 0.01 in .*choose another output"):
         find(lr=1e-4)

@@ -216,7 +216,7 @@ def _build(run: str, overrides: Sequence[tuple[str, str]], dry_run: bool, as_jso
         return
     quiet()
     from chainlora.runs.addresses import open_run
-    from chainlora.runs.changes import has_work
+    from chainlora.runs.changes import work_left
     from chainlora.runs.open_base import OpenBase
     from chainlora.training.stages import build_run
 
@@ -231,7 +231,7 @@ def _build(run: str, overrides: Sequence[tuple[str, str]], dry_run: bool, as_jso
     elif results:
         config = after.config().model_copy(update={"output": run})
         _show_run(config, results, base, are_stages=True)
-    elif after.key == before.key and not has_work(before.history):
+    elif after.key == before.key and not work_left(before.history):
         click.echo(f"nothing left to do: {run} has ended")
     elif after.key == before.key:
         click.echo(f"{run} is {after.key}, as before")

@@ -12,7 +12,7 @@ from typing import BinaryIO, NamedTuple
 from chainlora.data.readers import READERS, CsvFile, parse_json
 from chainlora.data.sources import FileSource, Row
 from chainlora.errors import DataError, FileError
-from chainlora.files import replaced_file, sync_file
+from chainlora.files import replaced_file
 
 _BATCH = 1 << 16  # rows of a Parquet file that are copied at a time, which become one group
 
@@ -82,7 +82,6 @@ def write_without(found: FoundRows, output: Path) -> None:
     check_target(output, suffix)
     with replaced_file(output) as scratch, found.path.open("rb") as file:
         _WRITERS[suffix](file, found, scratch)
-        sync_file(scratch)
 
 
 def write_found(found: FoundRows, output: Path) -> None:
@@ -90,9 +89,7 @@ def write_found(found: FoundRows, output: Path) -> None:
     check_target(output, ".jsonl")
     rows = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in found.rows)
     with replaced_file(output) as scratch:
-        with scratch.open("w", encoding="utf-8", newline="\n") as target:
-            target.writelines(rows)
-        sync_file(scratch)
+        scratch.write_text("".join(rows), encoding="utf-8", newline="\n")
 
 
 # --- one writer per format ---

@@ -25,12 +25,12 @@ from chainlora.runs.entries import CONFIG, TOKENIZER, Base, Due, State
 from chainlora.runs.history import History
 from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.links import save_link
-from chainlora.runs.loading_start import Start, fitted, load_start, need_layers, start_folder
+from chainlora.runs.loading_start import Start, check_start, load_start, need_layers
 from chainlora.runs.locks import Scratch
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import check_base, noted_base
-from chainlora.runs.paths import is_run, stage_folder
-from chainlora.runs.resuming import import_sources, need_same_sources
+from chainlora.runs.paths import stage_folder
+from chainlora.runs.resuming import need_pinned, source_digests
 from chainlora.runs.saved_chain import as_adapter
 
 logger = logging.getLogger(__name__)
@@ -38,18 +38,11 @@ logger = logging.getLogger(__name__)
 
 def read_adapter(source: str) -> Start:
     """Read an adapter. Raises ChainLoRAError for a folder without one, or a kind unlike LoRA."""
-    if is_run(source):
-        rule = "an adapter is added to a run"
-        remedy = f"chainlora combine RUN OTHER takes runs; for a saved chain, {as_adapter(source)}"
-        raise RunError(rule, f"{source}, a run or a saved chain", remedy)
-    folder = start_folder(source)
-    if not (folder / "adapter_config.json").is_file():
-        rule, remedy = "an adapter must be a folder of PEFT", "name another folder"
-        raise RunError(rule, f"no adapter_config.json in {folder}", remedy)
     start = load_start(source)
-    if start.adapter is None:
-        rule, remedy = "an adapter is added to a run", as_adapter(f"{source}/chain")
-        raise RunError(rule, f"{source}, which holds a chain", remedy)
+    if start.state is not None:
+        remedy = "chainlora combine RUN OTHER takes runs; for a saved chain, "
+        remedy += as_adapter(start.state.run)
+        raise RunError("an adapter is added to a run", f"{source}, a run or a saved chain", remedy)
     return start
 
 
@@ -84,7 +77,7 @@ def build_import(run: Path, due: Due, base: OpenBase | None = None) -> None:
 
 def _import(run: Path, due: Due, base: OpenBase | None) -> None:
     config, history, key = config_of(run, due.stage), read_history(run), due.key
-    need_same_sources(run, due.stage, import_sources(config))
+    need_pinned(run, key, due.stage.sources, source_digests(config))
     base = OpenBase.of_config(config, run).or_shared(base)
     start, base_facts = _fitted(run, config, history, base)
     rows, kept = _rows_of(config, base, run / TOKENIZER if history.tokenizer else None, start)
@@ -109,7 +102,7 @@ def _fitted(run: Path, config: RunConfig, history: History, base: OpenBase) -> t
         check_base(history.base, run, files=base.files)
     start = load_start(str(config.start))
     chain = base.chain(seed=config.train.seed, hold=config.chain.hold)
-    start = fitted(start, chain, config.model)
+    check_start(start, chain, config.model)
     for link in start.links:
         check_link(link, chain.model)
     return start, noted_base(config, chain, base.files)

@@ -17,7 +17,6 @@ from chainlora.models.loading import are_same_tokenizers, load_tokenizer
 from chainlora.runs.documents import need_file, now
 from chainlora.runs.entries import (
     CONFIG,
-    CONTENT,
     RECORDS,
     RESULT,
     START,
@@ -106,18 +105,11 @@ def take_in(run: Path, history: History, state: OpenState) -> tuple[History, str
     part = other.model_copy(update={"entries": tuple(map(_with_copied_files, new))}).tidied()
     places = {entry.place: names[entry.key] for entry in part.entries}
     copy_files(state.run, run, part.model_copy(update={"tokenizer": {}}), places=places)
-    history = history.edited(plan, "combine")
+    history, part = history.edited(plan, "combine"), part.renamed(names)
     for entry in part.entries:
         known = None if entry.identity is None else stages[entry.identity].identity
         update = {"identity": known, "folder": ""}
-        renamed = entry.renamed(names).model_copy(update=update)
-        facts = {
-            link: part.links[link].model_copy(
-                update={"stage": names.get(part.links[link].stage, part.links[link].stage)}
-            )
-            for link in (*entry.state.links, *entry.tied)
-        }
-        history = history.added(renamed, facts | history.links)
+        history = history.added(entry.model_copy(update=update), part.links | history.links)
     (own,) = [e.key for e in other.entries if state.entry and e.digest == state.entry.digest]
     return _with_keys_of(history, {stage.name for stage in stages.values()}), names[own]
 
@@ -130,10 +122,11 @@ def _with_keys_of(history: History, names: Collection[str]) -> History:
     for name in history.plan().names:
         recipe, made = history.recipes().state(name), Made(history)
         entry, key = history.find(name), made.key(recipe)
-        if name in names and entry is not None and key is not None and not recipe.reads_rows:
-            entries = (e.model_copy(update={"digest": key}) if e is entry else e
-                       for e in history.entries)  # fmt: skip
-            history = history.model_copy(update={"entries": tuple(entries)})
+        reads_rows = any(parent.kind == "start" for parent in recipe.parents)
+        if name in names and entry is not None and key is not None and not reads_rows:
+            new = entry.model_copy(update={"digest": key})
+            entries = tuple(new if e is entry else e for e in history.entries)
+            history = history.model_copy(update={"entries": entries})
     return history
 
 
@@ -165,13 +158,9 @@ def copy_files(
     for name, digest in history.files.items():
         kind, key, *rest = name.split("/")
         new = "/".join((kind, (places or {}).get(key, key) if kind == "stages" else key, *rest))
-        is_known = kind in CONTENT and (target / new).is_file()
-        is_known = is_known and files.sha256(target / new).startswith(digest)
-        is_gone = rest == [RECORDS] and not (source / name).is_file()  # records may be missing
-        if is_known or is_gone or (existing or {}).get(new) == digest:
-            continue
-        files.copy_file(need_file(source, name, digest), target / new)
-        copied.append(name)
+        if (existing or {}).get(new) != digest:
+            files.copy_file(need_file(source, name, digest), target / new)
+            copied.append(name)
     return copied
 
 

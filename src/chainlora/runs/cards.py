@@ -143,7 +143,8 @@ def write_card(folder: Path, card: Card, lineage: Lineage | None = None) -> None
         "base": base or "a base without a name",
         "scores": scores,
         "rows": rows,
-        "base_place": place_of(base),
+        # for commands: the Hub id, or a placeholder for the folder
+        "base_place": base if "/" in base and not base.endswith(".gguf") else "FOLDER_OF_THE_BASE",
         "served_rank": served_rank(links, card.rank or 1),
         "licence_files": sorted(p.name for p in folder.iterdir() if is_licence(p.name)),
         **QUOTING,
@@ -161,11 +162,6 @@ def served_rank(links: Sequence[Link], rank: int) -> int | None:
     if any(link.config.lora_bias for link in links):
         return None
     return next((served for served in _SERVED_RANKS if served >= rank), None)
-
-
-def place_of(base: str) -> str:
-    """Return the Hub id of a base, or a placeholder for its folder, for commands in a card."""
-    return base if "/" in base and not base.endswith(".gguf") else "FOLDER_OF_THE_BASE"
 
 
 def _plain(text: object) -> str:

@@ -6,7 +6,7 @@ Each is one replacement of ``history.json``. None deletes anything.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from chainlora.errors import RunError
 from chainlora.runs.addresses import open_run, state_at
 from chainlora.runs.documents import short_digest
 from chainlora.runs.draft import drafts_in
-from chainlora.runs.entries import BASE
+from chainlora.runs.entries import BASE, Entry
 from chainlora.runs.history import History
 from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.keys import Made
@@ -62,16 +62,8 @@ def undo(run: str | Path, to: str | None = None) -> OpenState:
                 Scratch(run, folder).undo()
             update_history(run, lambda now: now.dropped())
         else:
-            at = next(iter(earlier_of(history).values()), None)
-            if at is None:
-                raise _nothing(run, "undo")
-            update_history(run, lambda now: now.moved(at))
+            _move(run, earlier_of(history), "undo")
     return open_run(run)
-
-
-def has_work(history: History) -> bool:
-    """Say whether a run lacks something that its plan wants."""
-    return bool(work_left(history))
 
 
 def work_left(history: History) -> list[str]:
@@ -94,42 +86,39 @@ def earlier_of(history: History) -> dict[str, int]:
 
 def later_of(history: History) -> dict[str, int]:
     """Return what `redo` goes to, the next first: entries, each with the place of a version."""
-    places, at = list[int](), history
-    while later := at.successors():
-        at = at.moved(later[-1])
-        places.append(at.at)
+    made_from = {version.before: place for place, version in enumerate(history.versions)}
+    places, at = list[int](), history.at
+    while at in made_from:  # the version that was made from it last
+        places.append(at := made_from[at])
     return _others(history, places)
 
 
 def _others(history: History, places: Iterable[int]) -> dict[str, int]:
     """Return the entries that versions come to and that are not the head, as they are named now."""
-    found, head = dict[str, int](), history.head
+    found, made = dict[str, int](), Made(history)
     for place in places:
-        key = _state_of(history, place)
-        if key is not None and key != head:
-            found.setdefault(key, place)
+        root = history.recipes(place).root
+        if made.is_made(root):
+            entry = made.entry(root)
+            found.setdefault(BASE if entry is None else entry.key, place)
+    found.pop(history.head, None)
     return found
-
-
-def _state_of(history: History, place: int) -> str | None:
-    """Return the entry that a version comes to, None if it is not computed."""
-    made, root = Made(history), history.recipes(place).root
-    entry = made.entry(root)
-    return None if not made.is_made(root) else BASE if entry is None else entry.key
 
 
 def _become(run: Path, history: History, name: str) -> History:
     """Return the history of a run that is an entry, as a new version."""
-    key = state_at(run, history, name).key
-    entry = history.find(key)
-    is_combined = entry is not None and entry.kind == "combine"
-    how = entry.how if entry is not None and is_combined else How()
+    entry = state_at(run, history, name).entry
+    key, how = (BASE, How()) if entry is None else (entry.key, entry.how)
     return history.edited(history.plan_of([key], how), f"undo --to {key}")
 
 
-def _nothing(run: Path, verb: str) -> RunError:
-    states = f"chainlora log {shlex.quote(str(run))} lists its states"
-    return RunError(f"Nothing to {verb} in {run}. {states}.")
+def _move(run: Path, places: Mapping[str, int], verb: str) -> None:
+    """Go to the first of the versions. Raises RunError without one."""
+    if not places:
+        states = f"chainlora log {shlex.quote(str(run))} lists its states"
+        raise RunError(f"Nothing to {verb} in {run}. {states}.")
+    at = next(iter(places.values()))
+    update_history(run, lambda now: now.moved(at))
 
 
 def redo(run: str | Path) -> OpenState:
@@ -139,10 +128,7 @@ def redo(run: str | Path) -> OpenState:
     """
     run = whole_run(run)
     with writing(run):
-        at = next(iter(later_of(read_history(run)).values()), None)
-        if at is None:
-            raise _nothing(run, "redo")
-        update_history(run, lambda now: now.moved(at))
+        _move(run, later_of(read_history(run)), "redo")
     return open_run(run)
 
 
@@ -158,25 +144,24 @@ def log(run: str | Path) -> list[dict[str, Any]]:
     folder, _ = split_address(run)
     history = read_history(folder)
     before = {entry.key for entry in history.lineage(history.head)}
+    shown, base = [*reversed(history.entries)], Entry(key=BASE, kind="import", state=history.empty)
+    if history.head == BASE and shown:
+        shown.append(base)
     built = [
         {
             "name": entry.key,
-            "kind": entry.kind,
+            "kind": BASE if entry is base else entry.kind,
             "state": entry.state.digest,
             "parents": list(entry.parents),
             "stages": history.stages_of(entry.key),
             "links": len(entry.state.links),
             "rows": entry.kept is not None,
-            "ended": entry.ended,
+            "ended": entry.ended or None,
             "now": entry.key == history.head,
             "before": entry.key in before and entry.key != history.head,
         }
-        for entry in reversed(history.entries)
+        for entry in shown
     ]
-    if history.head == BASE and history.entries:
-        base = {"name": BASE, "kind": BASE, "state": history.empty.digest, "parents": []}
-        counts = {"stages": [], "links": 0, "rows": False, "ended": None}
-        built.append({**base, **counts, "now": True, "before": False})
     begun = drafts_in(folder, history)
     names = [name for name in reversed(history.plan().names) if history.find(name) is None]
     unbuilt: list[dict[str, Any]] = [

@@ -13,7 +13,6 @@ from chainlora import files
 from chainlora.config.reading import make_config
 from chainlora.config.schema import RunConfig
 from chainlora.config.template_names import refuse_paths
-from chainlora.errors import RunError
 from chainlora.registry import plugin_digest
 from chainlora.runs.beginning import copy_tokenizer, fill_fork, fork_of
 from chainlora.runs.documents import write_part
@@ -23,7 +22,7 @@ from chainlora.runs.history_file import update_history
 from chainlora.runs.loading_start import Start
 from chainlora.runs.paths import HISTORY, exists_in
 from chainlora.runs.recipes import How, Stage
-from chainlora.runs.resuming import general_of, import_sources, source_digests
+from chainlora.runs.resuming import general_of, source_digests
 
 
 def stage_of(
@@ -46,7 +45,7 @@ def stage_of(
         names=names,
         how=how.model_copy(update={"importance": weights}) if names else How(),
         config=tree,
-        sources=source_digests(config) if kind == "stage" else import_sources(config),
+        sources=source_digests(config),
         plugins={plugin: plugin_digest(plugin) for plugin in config.plugins},
     )
 
@@ -72,16 +71,12 @@ def first_history(config: RunConfig, base: Base, start: Start) -> History:
 def write_plan(run: Path, history: History, start: Start) -> None:
     """Write the history of a run with a new version; create a new run on `start`.
 
-    Raises RunError if another process begins the same run.
+    Raises FileError if another process begins the same run.
     """
     if exists_in(run):
         update_history(run, lambda now: history)
         return
-    with files.reported(run):
-        if (writer := files.writer_of(run)) is not None:
-            got = f"process {writer} begins it"
-            raise RunError(f"Cannot write {run}: {got}. Wait for it, or choose another output.")
-        files.remove_scratch(run.parent, run.name)  # of a process that was killed
+    files.remove_killed(run)
     with files.replaced_folder(run, only_empty=True) as scratch:
         if start.state is not None:
             history = fill_fork(scratch, start.state, history)

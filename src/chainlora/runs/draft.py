@@ -97,10 +97,9 @@ class Draft(Document):
 
     def has_checkpoint(self, progress: Progress) -> bool:
         """Say whether the checkpoint has exactly this step and link."""
-        if self.checkpoint is None:
-            return False
-        point = self.checkpoint.progress
-        return (point.step, point.link) == (progress.step, progress.link)
+        point = self.position
+        is_here = (point.step, point.link) == (progress.step, progress.link)
+        return is_here and self.checkpoint is not None
 
     def with_training(self, **changed: Any) -> Draft:
         """Return a copy with changed fields of `Training`."""
@@ -110,17 +109,10 @@ class Draft(Document):
     @property
     def named(self) -> set[str]:
         """Return the names of the files and folders that a resume needs, in the stage's folder."""
-        named = {CONFIG, REFERENCE}
-        points = [self.progress]
-        if self.checkpoint is not None:
-            named.add(self.checkpoint.directory)
-            points.append(self.checkpoint.progress)
-        if self.moments is not None:
-            named.add(self.moments)
-        for point in points:
-            if point.best is not None and "directory" in point.best:
-                named.add(point.best["directory"])
-        return named
+        bests = [point.best for point in (self.progress, self.position)]
+        named = [best.get("directory") for best in bests if best is not None]
+        named += [self.moments, None if self.checkpoint is None else self.checkpoint.directory]
+        return {CONFIG, REFERENCE, *(name for name in named if name is not None)}
 
 
 def read_draft(folder: Path) -> Draft:
@@ -130,8 +122,7 @@ def read_draft(folder: Path) -> Draft:
 
 def drafts_in(run: Path, history: History) -> dict[str, Path]:
     """Return the folders of stages in training, by name."""
-    names = [name for name in history.plan().names if history.find(name) is None]
-    unbuilt = [history.due_stage(name) for name in names]
+    unbuilt = map(history.due_stage, history.plan().names)
     folders = {due.key: stage_folder(run, due.place) for due in unbuilt if due is not None}
     return {name: folder for name, folder in folders.items() if (folder / DRAFT).is_file()}
 

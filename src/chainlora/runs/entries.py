@@ -11,16 +11,7 @@ from pydantic import Field
 from chainlora.config.schema import LinkConfig
 from chainlora.errors import ConfigError, RunError
 from chainlora.knots.numbers import Numbers
-from chainlora.runs.documents import (
-    DAMAGED,
-    Count,
-    Digest,
-    Name,
-    Part,
-    Sums,
-    now,
-    short_digest,
-)
+from chainlora.runs.documents import DAMAGED, Count, Digest, Name, Part, Sums, now, short_digest
 from chainlora.runs.recipes import START as START
 from chainlora.runs.recipes import How, Recipe, Stage
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from os.path import expanduser
 from pathlib import Path
@@ -28,7 +28,7 @@ from chainlora.chain.link import Link, stack_links, switched_on
 from chainlora.chain.low_rank import best_of_rank, singular_values
 from chainlora.config.schema import LinkConfig
 from chainlora.data.templates import ends_of_turn
-from chainlora.errors import ChainError, ModelError, RunError
+from chainlora.errors import ChainError, ModelError
 from chainlora.models.checkpoint import save_model, save_tokenizer
 from chainlora.models.finding import resolve_model
 from chainlora.models.identity import base_files, need_own_files, tokenizer_files
@@ -46,7 +46,7 @@ from chainlora.runs.cards import (
 from chainlora.runs.entries import CAUSAL, Base
 from chainlora.runs.lineage import Lineage, lineage_of
 from chainlora.runs.opening import check_base, load_run, tokenizer_of
-from chainlora.runs.paths import need_apart
+from chainlora.runs.paths import need_apart, refuse_if_taken
 from chainlora.runs.saved_chain import current_links, describe_base
 from chainlora.runs.state import OpenState
 
@@ -80,7 +80,7 @@ def export_merged(
     model, tokenizer = load_run(state, num_links=num_links)
     _stop_at_turns(model.generation_config, tokenizer)
     links = state.links(num_links)
-    with filled_folder(output) as scratch:
+    with files.replaced_folder(output, only_empty=True) as scratch:
         save_model(model, tokenizer, scratch)
         if base is not None:
             copy_licences(base, scratch)
@@ -143,8 +143,7 @@ def export_adapter(
     factors, error = adapter_factors(links, rank=rank, tolerance=tolerance)
     if isinstance(source, Chain):
         error = max([error, *(link.error for link in links if link.index == len(source))])
-    with filled_folder(output) as scratch:
-        actual_rank = write_adapter(scratch, factors, named)
+    with files.replaced_folder(output, only_empty=True) as scratch:
         if folder is not None:
             copy_licences(folder, scratch)
             _save_tokenizer(source, folder, scratch)
@@ -153,7 +152,7 @@ def export_adapter(
             keys = {"rank": rank, "tolerance": tolerance, "num_links": num_links}
             facts["lineage"] = lineage_of(source, folder, naming, "adapter", **keys)
             facts["story"] = story_of(source, num_links)
-        write_adapter_card(scratch, links, actual_rank, error, named, **facts)
+        actual_rank = write_adapter(scratch, links, factors, error, named, **facts)
     done = {"to": "adapter", "output": str(output), "links": len(links), "rank": actual_rank}
     is_exact = tolerance is None and error == 0.0
     return done | {"error": error, "exact": is_exact, "base": named.model}
@@ -264,8 +263,19 @@ def _with_biases(stacked: Mapping[str, Factors]) -> dict[str, Factors]:
     }
 
 
-def write_adapter(folder: Path, factors: Mapping[str, Factors], base: Base) -> int:
-    """Write the factors of a chain as one PEFT adapter; return its rank."""
+def write_adapter(
+    folder: Path,
+    links: Sequence[Link],
+    factors: Mapping[str, Factors],
+    error: float,
+    base: Base,
+    lineage: Lineage | None = None,
+    **facts: Any,
+) -> int:
+    """Write the factors of a chain as one PEFT adapter, its card and its lineage; return its rank.
+
+    The card and the lineage tell of all that is in the folder. `facts` are more fields of `Card`.
+    """
     rank = max(pair.a.shape[0] for pair in factors.values())
     config = LinkConfig(
         rank=rank,
@@ -283,53 +293,22 @@ def write_adapter(folder: Path, factors: Mapping[str, Factors], base: Base) -> i
         fan_in_fan_out=base.fan_in_fan_out,
         task_type=base.task_type,
     )
-    return rank
-
-
-def write_adapter_card(
-    folder: Path,
-    links: Sequence[Link],
-    rank: int,
-    error: float,
-    base: Base,
-    lineage: Lineage | None = None,
-    **facts: Any,
-) -> None:
-    """Write the model card of an adapter, and its lineage; `facts` are more fields of `Card`."""
     kind = f"relative error {error:.2e}" if error else "exact"
     what = f"with a chain of {len(links)} LoRA link(s) as one adapter of rank {rank} ({kind})."
     is_causal = base.task_type == CAUSAL
     card = Card(what, base.model, "peft", links, rank, is_causal=is_causal, **facts)
     write_card(folder, card, lineage)
+    return rank
 
 
 def empty_folder(output: str | Path) -> Path:
     """Return the path of a new or empty folder to write into, outside runs.
 
-    Raises RunError for any other path, and if another process writes it.
+    Raises RunError for any other path, FileError if another process writes it.
     """
     output = Path(expanduser(output))
     files.check_writable(output if output.is_dir() else output.parent)
     need_apart(output)
-    _need_empty(output)
-    with files.reported(output):
-        if (writer := files.writer_of(output)) is not None:
-            rule = "`output` must be written by one process at a time"
-            raise RunError(rule, f"{output}, which process {writer} writes", "choose another")
-        files.remove_scratch(output.parent, output.name)  # left by a killed export
+    refuse_if_taken(output)
+    files.remove_killed(output)
     return output
-
-
-@contextmanager
-def filled_folder(output: Path) -> Iterator[Path]:
-    """Yield a scratch folder, then move it to `output`. Raises RunError if `output` is filled."""
-    with files.replaced_folder(output) as scratch:
-        yield scratch
-        _need_empty(output)
-
-
-def _need_empty(output: Path) -> None:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        problem = "which is not empty" if output.is_dir() else "a file"
-        rule = "`output` must be a new or empty directory"
-        raise RunError(rule, f"{output}, {problem}", "choose another")

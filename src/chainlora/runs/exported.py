@@ -82,10 +82,9 @@ def _is_adapter(folder: Path) -> bool:
 def _adapter_on_base(folder: Path, lineage: Lineage | None, dtype: str | torch.dtype) -> Loaded:
     """Return an adapter on the base that it names. Raises RunError if the base is not found."""
     start = load_start(folder)
+    name = "" if start.adapter is None else start.adapter.base
     if start.state is not None:  # a Trainer's save, with its chain
         name = start.state.base.model
-    else:
-        name = "" if start.adapter is None else start.adapter.base
     base_facts = None if lineage is None else lineage.history.base
     quantize = None if base_facts is None else base_facts.quantize
     base = OpenBase(from_above(name, folder), dtype, quantize)
@@ -118,8 +117,7 @@ def lineage_at(place: str | Path) -> Lineage | None:
 
 def config_of_export(place: str | Path) -> RunConfig | None:
     """Return the config of the last exported stage with rows; None for a model or a saved chain."""
-    lineage = lineage_at(place)
-    last = None if lineage is None else _last_with_rows(lineage)
+    lineage, last = lineage_at(place), _last_with_rows(place)
     if lineage is None or last is None:
         return None
     tree = deepcopy(lineage.stages[last.key].config)
@@ -130,14 +128,14 @@ def config_of_export(place: str | Path) -> RunConfig | None:
 
 def sources_of_export(place: str | Path) -> dict[str, list[str]]:
     """Return the digests of the files of that stage, by config key; none for a model."""
-    lineage = lineage_at(place)
-    last = None if lineage is None else _last_with_rows(lineage)
+    last = _last_with_rows(place)
     return {} if last is None else last.training.sources
 
 
-def _last_with_rows(lineage: Lineage) -> Entry | None:
-    entries = [e for e in lineage.history.entries if e.key in lineage.stages]
-    return entries[-1] if entries else None
+def _last_with_rows(place: str | Path) -> Entry | None:
+    lineage = lineage_at(place)
+    entries = () if lineage is None else reversed(lineage.history.entries)
+    return next((e for e in entries if lineage and e.key in lineage.stages), None)
 
 
 # --- verifying ---

@@ -21,20 +21,13 @@ no entry names are ignored, and deleted by `prune`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import chain, count
 from typing import Any
 
 from pydantic import Field, model_validator
 
-from chainlora.runs.documents import (
-    Digest,
-    Document,
-    Name,
-    Part,
-    Sums,
-    now,
-)
+from chainlora.runs.documents import Digest, Document, Name, Part, Sums, now
 from chainlora.runs.entries import (
     BASE,
     START,
@@ -65,6 +58,12 @@ class Version(Part):
     command: str = ""
     time: str = ""
     marks: tuple[Digest, ...] = ()
+
+    @classmethod
+    def of(cls, plan: Plan, **keys: Any) -> Version:
+        """Return a version of a plan; `keys` are the other fields."""
+        stages = tuple(stage.identity for stage in plan.stages)
+        return cls(stages=stages, off=plan.off, how=plan.how, **keys)
 
     @property
     def plan(self) -> tuple[object, ...]:
@@ -122,14 +121,11 @@ class History(Document):
 
     def below(self, key: str) -> set[str]:
         """Return the keys of an entry and of all its ancestors."""
-        below, due = set[str](), [key]
-        while due:
-            name = due.pop()
-            entry = self.find(name)
-            if entry is not None and name not in below:
-                below.add(name)
-                due += entry.parents
-        return below
+        below = {key}
+        for entry in reversed(self.entries):  # parents come first
+            if entry.key in below:
+                below |= {*entry.parents}
+        return below & {entry.key for entry in self.entries}
 
     def lineage(self, key: str) -> list[Entry]:
         """Return an entry and its ancestors, in the order of `entries`."""
@@ -217,10 +213,6 @@ class History(Document):
             yield place
             place = self.versions[place].before
 
-    def successors(self) -> list[int]:
-        """Return the places of the versions that were made from the current one, in their order."""
-        return [place for place, v in enumerate(self.versions) if v.before == self.at]
-
     def only(self, key: str) -> History:
         """Return the history of an entry alone: its ancestors, and one version that comes to it."""
         entry, needed = self.find(key), {START, *self.below(key)}
@@ -261,33 +253,22 @@ class History(Document):
         made, history = Made(self), self
         while not made.is_made(history.recipes().root):
             is_last = history.at == len(history.versions) - 1
-            history = history.dropped() if is_last else history.moved(history._before)
+            history = (
+                history.dropped() if is_last else history.moved(history.versions[history.at].before)
+            )
         return history
-
-    @property
-    def _before(self) -> int:
-        return self.versions[self.at].before
 
     def edited(self, plan: Plan, command: str) -> History:
         """Return the history with one more version, or as it is if the plan is the current one."""
         if plan == self.plan():
             return self
-        stages = tuple(stage.identity for stage in plan.stages)
-        keys: Any = {"off": plan.off, "how": plan.how, "before": self.at}
-        version = Version(stages=stages, command=command, time=now(), **keys)
+        version = Version.of(plan, before=self.at, command=command, time=now())
         update = {
             "stages": self.stages | {stage.identity: stage for stage in plan.stages},
             "versions": (*self.versions, version),
             "at": len(self.versions),
         }
         return self.model_copy(update=update).named()
-
-    def changed(self, stages: Sequence[Stage], command: str) -> History:
-        """Return the history with changed stages, each in the place of the one of its name."""
-        plan = self.plan()
-        for stage in stages:
-            plan = plan.with_changed(stage)
-        return self.edited(plan, command)
 
     @property
     def former(self) -> list[Digest]:
@@ -385,9 +366,11 @@ class History(Document):
         for place, version in enumerate(self.versions):
             plan, before = self.plan(place), places.get(version.before, -1)
             marked = [stage.name for stage in plan.stages if stage.identity in stages]
-            for name in now.keys() & {*marked}:
-                plan = plan.with_changed(now[name])
-            new = _stored(plan.without({*marked} & names), version, before, names)
+            plan = plan.with_changed(now[name] for name in marked if name in now)
+            is_named = any(name in version.command for name in names)
+            command = version.command.partition(" ")[0] if is_named else version.command
+            plan = plan.without({*marked} & names)
+            new = Version.of(plan, before=before, command=command, time=version.time)
             if before >= 0 and new.plan == versions[before].plan:
                 places[place] = before
             else:
@@ -439,13 +422,3 @@ class History(Document):
         """Return a name that no entry has: this one, or this one and a number."""
         names = chain([name], (f"{name}-{number}" for number in count(2)))
         return next(free for free in names if self.find(free) is None and free not in taken)
-
-
-def _stored(plan: Plan, version: Version, before: int, erased: Collection[str]) -> Version:
-    """Return a version with another plan; its command is cut if it has an erased name."""
-    command = version.command
-    if any(name in command for name in erased):
-        command = command.partition(" ")[0]
-    stages = tuple(stage.identity for stage in plan.stages)
-    update = {"stages": stages, "off": plan.off, "how": plan.how, "before": before}
-    return version.model_copy(update=update | {"command": command, "marks": ()})

@@ -45,13 +45,10 @@ def need_own_folders(run: Path) -> None:
                 need_own(path)
 
 
-def update_history(
-    run: Path, change: Callable[[History], History], then: Callable[[], object] = lambda: None
-) -> History:
+def update_history(run: Path, change: Callable[[History], History]) -> History:
     """Replace the history of a run with the result of `change`, under the lock; return the result.
 
-    `then` is called under the same lock, to delete files that are no longer named. Raises RunError
-    if another process writes the run.
+    Raises RunError if another process writes the run.
     """
     with writing(run):
         need_own_folders(run)
@@ -64,5 +61,4 @@ def update_history(
             write_part(run / HISTORY, after)
             if (version := version_of(run / HISTORY)) is not None:
                 _READ[(run / HISTORY).absolute()] = version, after
-        then()
     return after

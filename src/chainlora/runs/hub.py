@@ -19,13 +19,14 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from chainlora.config.reading import read_tree
 from chainlora.errors import ConfigError, FileError, RunError
+from chainlora.files import replaced_folder
 from chainlora.runs.addresses import Address, nothing_at, open_run
 from chainlora.runs.beginning import copy_files
 from chainlora.runs.cards import Naming, is_hub_id, public_name
 from chainlora.runs.changes import whole_run
 from chainlora.runs.documents import write_part
 from chainlora.runs.entries import CONFIG
-from chainlora.runs.export import empty_folder, filled_folder
+from chainlora.runs.export import empty_folder
 from chainlora.runs.history import History
 from chainlora.runs.history_file import read_history, update_history
 from chainlora.runs.lineage import without_places
@@ -149,7 +150,7 @@ def _send(source: Path, target: Path, *, rows: bool) -> list[str]:
     target = empty_folder(target)
     empty = History(base=source_history.base, hold=source_history.hold)
     history = _joined(source_history, empty, rows)
-    with filled_folder(target) as scratch:
+    with replaced_folder(target, only_empty=True) as scratch:
         names = copy_files(source, scratch, history)
         write_part(scratch / HISTORY, history)
     return names
@@ -169,16 +170,12 @@ def _joined(source: History, before: History, rows: bool) -> History:
         raise RunError(rule, "marks of stages to delete", remedy)
     source = source.complete()
     sent = {entry.digest: entry.state for entry in source.entries}
-    for entry in before.entries:
-        if sent.get(entry.digest) != entry.state:
-            rule, remedy = "the target must be earlier than the source", "choose a new target"
-            is_other = source.find(entry.key) is not None
-            got = f"another {entry.key}" if is_other else f"{entry.key}, which the source lacks"
-            raise RunError(rule, got, remedy)
-    count = len(before.versions)
-    if before.entries and source.versions[:count] != before.versions:
+    lacking = [e.key for e in before.entries if sent.get(e.digest) != e.state]
+    if before.entries and source.versions[: len(before.versions)] != before.versions:
+        lacking.append("a version")
+    if lacking:
         rule, remedy = "the target must be earlier than the source", "choose a new target"
-        raise RunError(rule, "other versions", remedy)
+        raise RunError(rule, f"{lacking[0]}, which the source lacks", remedy)
     held = {entry.kept for entry in before.entries} - {*before.unsent}
     kept = {entry.kept for entry in source.entries if entry.kept is not None}
     unsent = {*source.unsent} if rows else kept - held

@@ -1,6 +1,6 @@
 """Load the start of a chain: a finished run, a saved chain, or a LoRA that PEFT has saved.
 
-`load_start` reads the `Start` without a model. `fitted` checks a start against a model, and
+`load_start` reads the `Start` without a model. `check_start` checks a start against a model, and
 `put_on` also adds its links. `load_chain` does all of this for Python callers.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from chainlora.chain.adapters import MERGE, Imported, import_adapter, linked_layer
 from chainlora.chain.chain import Chain
@@ -24,18 +24,13 @@ from chainlora.config.schema import with_flat_model
 from chainlora.data.kept import Kept
 from chainlora.errors import ConfigError, ModelError, RunError
 from chainlora.models.finding import folder_of, from_hub, hub_id_of, name_of
-from chainlora.models.identity import (
-    base_files,
-    has_tokenizer,
-    need_own_files,
-    tokenizer_files,
-)
+from chainlora.models.identity import base_files, has_tokenizer, need_own_files, tokenizer_files
 from chainlora.runs.addresses import begun_stage, nothing_at, open_run
 from chainlora.runs.cards import is_hub_id
 from chainlora.runs.history_file import read_history
 from chainlora.runs.opening import check_base
 from chainlora.runs.paths import HISTORY, exists_in, is_run, refuse_older
-from chainlora.runs.saved_chain import chain_folder, read_chain, restore_chain
+from chainlora.runs.saved_chain import chain_folder, restore_chain
 from chainlora.runs.state import OpenState
 
 logger = logging.getLogger(__name__)
@@ -49,7 +44,6 @@ class Start:
     links: tuple[Link, ...] = ()
     adapter: Imported | None = None  # whose base is known only by its name
     tokenizer: Path | None = None  # folder of another tokenizer than the base's
-    notes: tuple[str, ...] = ()  # warnings for the user
 
     @property
     def kept(self) -> dict[str, Kept]:
@@ -87,9 +81,7 @@ def load_start(source: str | Path) -> Start:
     if (folder / "adapter_config.json").is_file():
         adapter = import_adapter(folder)
         link = Link(0, adapter.config, adapter.factors)
-        revision = adapter.stored.get("revision")
-        notes = (f"the adapter is for revision {revision} of its base",) if revision else ()
-        return Start(links=(link,), adapter=adapter, tokenizer=tokenizer, notes=notes)
+        return Start(links=(link,), adapter=adapter, tokenizer=tokenizer)
     raise RunError(
         "a chain starts from a run, a saved chain or an adapter",
         f"no {HISTORY} and no adapter_config.json in {folder}",
@@ -117,33 +109,26 @@ def start_at(state: OpenState) -> Start:
     return Start(state=state, links=tuple(state.links()), tokenizer=state.tokenizer())
 
 
-def fitted(start: Start, chain: Chain, name: str | None = None) -> Start:
-    """Check a start against the model of a chain; log notes about them, and return it with these.
+def check_start(start: Start, chain: Chain, name: str | None = None) -> None:
+    """Check a start against the model of a chain; warn if the model may be another.
 
     `name` is the name of the model; by default its own. Raises ModelError or RunError for another
     model than the links were tuned on.
     """
-    if (adapter := start.adapter) is not None:
-        _check_fit(adapter, chain.model)
+    if start.adapter is not None:
+        _check_fit(start.adapter, chain.model)
         model_name = name_of(chain.model)
-        notes = _other_name(adapter, name or hub_id_of(model_name) or model_name)
-        start = replace(start, notes=start.notes + notes)
-        for note in start.notes:
-            logger.warning("%s", note)
-        return start
-    base = None if start.state is None else start.state.base
-    if base is not None:
-        folder = folder_of(chain.model)
+        _tell_other_name(start.adapter, name or hub_id_of(model_name) or model_name)
+    elif start.state is not None:
+        base, folder = start.state.base, folder_of(chain.model)
         files = base_files(folder) if folder and base.files is not None else None
         check_base(base, "the earlier stage", files=files, chain=chain)
-    return start
 
 
-def put_on(start: Start, chain: Chain) -> Start:
-    """Add the links of a start, checked by `fitted`, to a chain without links; return the start."""
-    start = fitted(start, chain)
+def put_on(start: Start, chain: Chain) -> None:
+    """Add the links of a start, checked by `check_start`, to a chain without links."""
+    check_start(start, chain)
     chain.add(*start.links)
-    return start
 
 
 def load_chain(
@@ -169,15 +154,14 @@ def load_chain(
     weights = checkpoint or folder_of(model)
     address = directory if is_run(directory) else chain_folder(Path(expanduser(directory)))
     state = open_run(address) if is_run(address) else None
-    if state is None:
-        chain = Chain(model, hold=hold_for(model), checkpoint=weights)
-    else:
-        history = state.history
-        chain = Chain(model, seed=history.seed, hold=history.hold, checkpoint=weights)
+    seed, hold = 0, hold_for(model)
+    if state is not None:
+        seed, hold = state.history.seed, state.history.hold
+    chain = Chain(model, seed=seed, hold=hold, checkpoint=weights)
     if state is not None and not state.has_run:
-        restore_chain(chain, read_chain(state))
-        return chain
-    put_on(load_start(directory), chain)
+        restore_chain(chain, state)
+    else:
+        put_on(load_start(directory), chain)
     return chain
 
 
@@ -186,12 +170,12 @@ def _check_fit(adapter: Imported, model: nn.Module) -> None:
     need_layers(adapter, model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for path, weight in adapter.kept.items():
-        parameter = parameters.get(path)
-        if parameter is None or not _same_values(parameter, weight):
-            rows = 0 if parameter is None else parameter.shape[0]
+        own = parameters.get(path, torch.empty(0)).detach().cpu()
+        # in the narrower of their dtypes
+        if not torch.equal(own.to(weight.dtype).to(own.dtype), weight.to(own.dtype)):
             raise ModelError(
                 "an adapter and its base must have the same vocabulary",
-                f"{weight.shape[0]} rows for {rows}, or other values, at {path}",
+                f"{weight.shape[0]} rows for {own.shape[0]}, or other values, at {path}",
                 MERGE,
             )
 
@@ -208,24 +192,19 @@ def need_layers(adapter: Imported, model: nn.Module) -> None:
         )
 
 
-def _same_values(own: Tensor, stored: Tensor) -> bool:
-    """Compare a parameter with a saved one: shapes, and values in the narrower of their dtypes."""
-    return torch.equal(own.detach().cpu().to(stored.dtype).to(own.dtype), stored.to(own.dtype))
-
-
-def _other_name(adapter: Imported, name: str) -> tuple[str, ...]:
-    """Return a note if a model has another name than the base of an adapter.
+def _tell_other_name(adapter: Imported, name: str) -> None:
+    """Warn if a model has another name than the base of an adapter, which may have a revision.
 
     Folders are compared by the last part of their path.
     """
+    if revision := adapter.stored.get("revision"):
+        logger.warning("the adapter is for revision %s of its base", revision)
     names = [adapter.base, name]
     if not all(map(is_hub_id, names)):
         names = [PureWindowsPath(path).name for path in names]  # accepts / and \ as separators
-    note = (
-        f"the adapter is for another base, {adapter.base}, than {name}; their shapes agree, but "
-        "their outputs may differ"
-    )
-    return (note,) if all(names) and names[0] != names[1] else ()
+    if all(names) and names[0] != names[1]:
+        told = "the adapter is for another base, %s, than %s; their shapes agree, but "
+        logger.warning(f"{told}their outputs may differ", adapter.base, name)
 
 
 def with_begun(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -112,8 +112,7 @@ class Scratch:
 
     def undo(self) -> None:
         """Remove the files of a stage that this process has begun, and its folder."""
-        for name in (*PASSING, RECORDS, RESULT, CONFIG):
-            files.remove(self.folder / name)
+        self.remove_passing(RECORDS, RESULT, CONFIG)
         with suppress(OSError):  # it holds something else
             self.folder.rmdir()
 

@@ -101,12 +101,10 @@ def _chain_on(base: OpenBase, state: OpenState, **keys: Any) -> tuple[Chain, Any
 
 def _need_loadable(state: OpenState) -> None:
     """Raise RunError for a chain on another kind of model or without its name."""
-    base = state.base
-    what = "" if base.model else "a model without a name"
-    if base.task_type != CAUSAL:
-        what = base.task_type or "another model"
-    if what:
+    model, task = state.base.model, state.base.task_type
+    if not model or task != CAUSAL:
         rule = "only chains on causal language models that have a name load their model themselves"
+        what = "a model without a name" if task == CAUSAL else task or "another model"
         got = f"one on {what} in {state.run}"
         remedy = f"load its model and call load_chain({str(state.run)!r}, model).detach()"
         raise RunError(rule, got, remedy)
@@ -122,10 +120,7 @@ def tokenizer_of(state: OpenState, base: Path | OpenBase) -> PreTrainedTokenizer
 
 
 def _refuse_untrained(state: OpenState) -> None:
-    """Raise RunError for a run without a tied link: its model would be just the base."""
-    if not state.has_run:
-        rule, remedy = "a saved chain must have a link", "take the base by 0 links"
-        raise RunError(rule, f"none in {state.run}", remedy)
+    """Raise RunError for a stage in training without a tied link: it would be just the base."""
     if state.draft is not None and state.config().chain.ranks:  # a run may have no links at all
         rule = f"Cannot load {state.run}: stage {state.key} is unfinished, and has no whole link"
         finish = f"chainlora train {shlex.quote(str(state.run))} finishes it"

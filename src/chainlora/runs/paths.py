@@ -70,6 +70,24 @@ def need_apart(output: str | PathLike[str], key: str = "output") -> None:
         )
 
 
+def refuse_if_taken(output: Path) -> None:
+    """Raise RunError unless a path is free, or an empty folder."""
+    problem = "a file"
+    with reported(output, "read"):
+        if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+            return
+    if output.is_dir():
+        problem = f"which is not empty and {'' if exists_in(output) else 'not '}a whole run"
+    rule = "`output` must be a new or empty directory"
+    raise RunError(rule, f"{output}, {problem}", "choose another output")
+
+
+def refuse_if_other(run: Path) -> None:
+    """Raise RunError unless a folder is a run, new or empty."""
+    if not exists_in(run):
+        refuse_if_taken(run)
+
+
 def runs_near(folder: Path) -> list[str]:
     """Return the runs in a folder, or if it does not exist, in its parent."""
     parent = folder if folder.exists() else folder.parent

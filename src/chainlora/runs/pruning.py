@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,16 +58,15 @@ def pruning_of(run: Path, history: History, name: str) -> Pruning:
     deleted = {e.key for e in history.entries} - {e.key for e in after.entries}
     later = [s for s in history.plan().standing_on([name]) if s != name] if version.marks else []
     made, root = Made(after), after.recipes().root
-    left = after.plan().parts(after.plan().active)
-    new_head = after.head if made.is_made(root) and after.head != history.head else None
+    is_made = made.is_made(root)
     return Pruning(
         stage=name,
         gone=_gone(run, after, name),
         with_it=sorted(deleted - {name, *later}),
         later=later,
-        left=left,
-        again=not made.is_made(root),
-        now=new_head,
+        left=after.plan().parts(after.plan().active),
+        again=not is_made,
+        now=after.head if is_made and after.head != history.head else None,
     )
 
 
@@ -82,19 +81,18 @@ def without_stage(run: Path, history: History, name: str) -> History:
         return history.without_entries([name])
     if entry is not None and entry.identity in history.former:  # it has been changed since
         return history.marked([entry.identity])
-    known = {identity: stage for identity, stage in history.stages.items() if stage.name == name}
-    leftovers = {path.name.partition(".")[0] for path in (run / "stages").glob("*")}  # of a kill
+    known = {identity for identity, stage in history.stages.items() if stage.name == name}
     if not known:
-        if name in leftovers - {e.key for e in history.entries}:
+        leftovers = {path.name.partition(".")[0] for path in (run / "stages").glob("*")}
+        if name in leftovers - {e.key for e in history.entries}:  # of a kill
             return history
         names = ", ".join(e.key for e in history.entries if e.key != START)
         rule = f"an entry to prune must be one of {names}"
         raise RunError(rule, f"{name!r} for {run}", "name one")
-    others = {s.name for s in history.stages.values()} - {name, *plan.standing_on([name])}
-    if not others:
-        raise RunError("a run must keep a stage", f"{name!r}, its only one", f"delete {run}")
     gone = plan.standing_on([name])
-    marks = {s.identity for s in plan.stages if s.name in gone} | known.keys()
+    if not {s.name for s in history.stages.values()} - {name, *gone}:
+        raise RunError("a run must keep a stage", f"{name!r}, its only one", f"delete {run}")
+    marks = {s.identity for s in plan.stages if s.name in gone} | known
     after = history.edited(plan.without([name]), f"prune {name}").marked(marks)
     _need_rows(run, after, name)
     return after
@@ -150,22 +148,17 @@ def purge(run: Path, name: str = "") -> History:
 
 
 def _gone(run: Path, history: History, name: str) -> list[Path]:
-    """Return what to delete, in order."""
-    return sorted(_unnamed(run, history), key=lambda path: (path == run / "stages" / name, path))
-
-
-def _unnamed(run: Path, history: History) -> Iterator[Path]:
-    """Yield files and folders that the history does not name, and outdated pictures of the run."""
-    named = {"/".join(name.split("/")[:2]) for name in history.files}
-    for folder in (*CONTENT, "stages"):
-        for path in (run / folder).glob("*"):
-            if f"{folder}/{path.name}" not in named:
-                yield path
-    yield from ended_leftovers(run, history)
-    yield from (run / name for name in _SHOWN if (run / name).exists())
+    """Return what to delete, in order: what the history does not name, and outdated pictures."""
+    named = {"/".join(file.split("/")[:2]) for file in history.files}
+    folders = (*CONTENT, "stages")
+    gone = [path for folder in folders for path in (run / folder).glob("*")]
+    gone = [path for path in gone if path.relative_to(run).as_posix() not in named]
+    gone += ended_leftovers(run, history)
+    gone += [run / shown for shown in _SHOWN if (run / shown).exists()]
     # scratch files of a killed report may hold rows; those of the history go when it is replaced
-    names = (path.name for path in run.iterdir() if files.is_scratch(path.name))
-    yield from (run / name for name in names if not name.startswith(f"{HISTORY}."))
+    scratch = (path for path in run.iterdir() if files.is_scratch(path.name))
+    gone += [path for path in scratch if not path.name.startswith(f"{HISTORY}.")]
+    return sorted(gone, key=lambda path: (path == run / "stages" / name, path))
 
 
 def _keep_scores(run: Path, history: History) -> None:

@@ -15,7 +15,7 @@ key (`runs.history.Made`), which holds the contents of its parents. So equal key
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Annotated, Any, Literal
@@ -96,11 +96,6 @@ class Stage(Part):
         }
         return self.model_copy(update=update)
 
-    @property
-    def reads_general(self) -> bool:
-        """Say whether general rows are read again while it is trained."""
-        return bits_of(self.config).get("data.replay") is not None
-
 
 _SECTIONS: Mapping[str, type[Section]] = {
     "data": DataConfig,
@@ -173,9 +168,10 @@ class Plan(Part):
         """Return the plan with one more stage."""
         return self.model_copy(update={"stages": (*self.stages, stage)})
 
-    def with_changed(self, stage: Stage) -> Plan:
-        """Return the plan with another stage in the place of the one of its name."""
-        stages = tuple(stage if own.name == stage.name else own for own in self.stages)
+    def with_changed(self, stages: Iterable[Stage]) -> Plan:
+        """Return the plan with other stages, each in the place of the one of its name."""
+        new = {stage.name: stage for stage in stages}
+        stages = tuple(new.get(own.name, own) for own in self.stages)
         return self.model_copy(update={"stages": stages})
 
     def combined(self, names: Collection[str], how: How) -> Plan:
@@ -222,11 +218,6 @@ class Recipe:
         own = [self] if self.stage is not None else []
         return sorted([*found, *own], key=lambda recipe: recipe.place)
 
-    @property
-    def reads_rows(self) -> bool:
-        """Say whether rows of the base are one of its parents."""
-        return any(parent.kind == "start" for parent in self.parents)
-
 
 class Recipes:
     """The recipes of a plan. `base` decides the bits of the base, `general` those of its rows."""
@@ -259,7 +250,11 @@ class Recipes:
             return self.state(parts[0])
         known = short_digest([parts, how.model_dump(mode="json")])
         if known not in self._wholes:
-            self._wholes[known] = self._combination(parts, how)
+            start = [self.start] if how.general and self.start is not None else []
+            own = how.model_dump(mode="json", include={"rank", "keep_conflicts", "steps"})
+            weights = tuple(how.importance.get(name) for name in (*parts, *[START] * len(start)))
+            parents = (*map(self.state, parts), *start)
+            self._wholes[known] = Recipe("combine", own, parents, how=how, weights=weights)
         return self._wholes[known]
 
     def state(self, name: str) -> Recipe:
@@ -267,15 +262,9 @@ class Recipes:
         if name not in self._stages:
             stage = self.plan.find(name)
             assert stage is not None
-            read = [self.start] if stage.reads_general and self.start is not None else []
+            reads_general = bits_of(stage.config).get("data.replay") is not None
+            read = [self.start] if reads_general and self.start is not None else []
             parents = (self.whole(stage.names, stage.how), *read)
             place = self.plan.names.index(name)
             self._stages[name] = Recipe(stage.kind, stage.own, parents, stage, place)
         return self._stages[name]
-
-    def _combination(self, parts: Sequence[str], how: How) -> Recipe:
-        start = [self.start] if how.general and self.start is not None else []
-        own = how.model_dump(mode="json", include={"rank", "keep_conflicts", "steps"})
-        weights = tuple(how.importance.get(name) for name in (*parts, *[START] * len(start)))
-        parents = (*map(self.state, parts), *start)
-        return Recipe("combine", own, parents, how=how, weights=weights)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,6 @@ from chainlora.files import reported, sync_file, write_bytes
 from chainlora.runs.documents import DAMAGED
 from chainlora.runs.draft import Records
 from chainlora.runs.locks import need_own
-
-logger = logging.getLogger(__name__)
 
 Record = Mapping[str, Any]
 
@@ -65,26 +62,13 @@ class RecordLog:
             write_bytes(self.path, self._kept)
 
 
-def resumed_log(path: Path, known: Records, num_records: int) -> RecordLog:
-    """Return the log of a run that resumes at `num_records`; change no file.
-
-    If the file is missing, the run resumes with a warning: nothing is computed from records.
-    """
-    lines = check_records(path, known)
-    if known.count and not lines:
-        logger.warning("%s is missing; resuming without earlier records", path)
-    return RecordLog(path, lines[:num_records])
-
-
 def check_records(path: Path, known: Records) -> list[bytes]:
-    """Return the `known` lines, none without the file. Raises RunError if they have changed."""
-    if not path.is_file():
-        return []
+    """Return the `known` lines. Raises RunError if they have changed."""
     with reported(path, "read"):
-        lines = _lines(path.read_bytes())[: known.count]
-    if len(lines) < known.count or hashlib.sha256(b"".join(lines)).hexdigest() != known.sha256:
-        rule, got = "metrics.jsonl must be as the run wrote it", f"other bytes in {path}"
-        raise RunError(rule, got, "restore it, or move it away to resume without these records")
+        lines = _lines(path.read_bytes() if path.is_file() else b"")[: known.count]
+    if hashlib.sha256(b"".join(lines)).hexdigest() != known.sha256:
+        got = f"other bytes in {path}"
+        raise RunError("metrics.jsonl must be as the run wrote it", got, DAMAGED)
     return lines
 
 

@@ -17,10 +17,9 @@ from chainlora.models.finding import from_above, is_same_place, resolve_model
 from chainlora.models.identity import base_files
 from chainlora.registry import plugin_digest
 from chainlora.runs.costs import versions
-from chainlora.runs.entries import CONFIG, MAIN, WEIGHTS, Training
+from chainlora.runs.entries import WEIGHTS, Training
 from chainlora.runs.loading_start import start_folder
 from chainlora.runs.opening import check_base
-from chainlora.runs.paths import exists_in, stage_folder
 from chainlora.runs.recipes import Stage, bits_of
 from chainlora.runs.state import OpenState
 
@@ -30,26 +29,6 @@ Sources = dict[str, list[str]]  # digests of contents, by config key
 ADAPTER = "start"  # the key of an adapter, in a config and in its sources
 
 
-def refuse_if_taken(run: Path) -> None:
-    """Raise RunError unless a folder is new or empty."""
-    if not run.is_dir():
-        return
-    with files.reported(run, "read"):
-        if not any(run.iterdir()):
-            return
-    problem, remedy = "is not empty and not a whole run", "choose another output"
-    if exists_in(run):
-        problem, remedy = "holds a run", f"pass resume=True to resume it, or {remedy}"
-    rule = "`output` must be a new or empty directory"
-    raise RunError(rule, f"{run}, which {problem}", remedy)
-
-
-def refuse_if_other(run: Path) -> None:
-    """Raise RunError unless a folder is a run, new or empty."""
-    if not exists_in(run):
-        refuse_if_taken(run)
-
-
 def need_same(run: OpenState, before: Stage, now: RunConfig, *, has_ended: bool) -> None:
     """Raise RunError unless a stage of a run has the keys of a config, and the run its base.
 
@@ -57,28 +36,12 @@ def need_same(run: OpenState, before: Stage, now: RunConfig, *, has_ended: bool)
     place are compared by content; files at their place may have changed, which is told. The files
     of another stage are checked when it begins.
     """
-    new = now.model_dump(mode="json")
-    if differing := differences(before.config, new):
-        key, (was, given) = next(iter(differing.items()))
-        raise _other_config(run, before.name, key, was, given, has_ended=has_ended)
+    old, new = bits_of(before.config), bits_of(now.model_dump(mode="json"))
+    if differing := [key for key in {**old, **new} if old.get(key) != new.get(key)]:
+        raise _other_config(run, before, now, differing[0], has_ended=has_ended)
     _need_same_base(run, before.config, now)
     if has_ended:
         _need_same_files(run, before, now)
-
-
-def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return the keys of two stored configs that decide bits and differ, with their values."""
-    old, new = bits_of(before), bits_of(now)
-    shown = (_flat(before), _flat(now))
-    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    return {key: (shown[0].get(key), shown[1].get(key)) for key in keys}
-
-
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    sections = {part: config.get(part) or {} for part in ("data", "chain", "train")}
-    return {
-        f"{part}.{key}": value for part, keys in sections.items() for key, value in keys.items()
-    }
 
 
 def _need_same_files(run: OpenState, stage: Stage, now: RunConfig) -> None:
@@ -99,8 +62,7 @@ def _need_same_files(run: OpenState, stage: Stage, now: RunConfig) -> None:
         if digests == stage.sources.get(key):
             continue
         if is_moved or len(pairs) < len(sources):
-            old, new = _flat(stage.config).get(key), _flat(now.model_dump(mode="json")).get(key)
-            raise _other_config(run, stage.name, key, old, new, has_ended=True)
+            raise _other_config(run, stage, now, key, has_ended=True)
         told = "%s: %s has changed since it was trained; the stage stays as it is"
         logger.warning(told, stage.name, key)
 
@@ -108,14 +70,13 @@ def _need_same_files(run: OpenState, stage: Stage, now: RunConfig) -> None:
 def _need_same_base(run: OpenState, before: dict[str, Any], now: RunConfig) -> None:
     """Raise RunError for another base, or other keys that all stages of a run share."""
     if before.get("quantize") != now.quantize:
-        raise _other_base(run, "quantize", before.get("quantize"), now.quantize)
-    if not is_same_place(str(before.get("model")), now.model, run.run):
-        name = from_above(now.model, run.run)
-        if run.base.files is not None:
-            check_base(run.base, run.run, files=base_files(resolve_model(name)))
-    elif Path(from_above(now.model, run.run)).is_dir() and run.base.files is not None:
-        folder = resolve_model(from_above(now.model, run.run))
-        check_base(run.base, run.run, files=base_files(folder))
+        rule, remedy = f"all stages of {run.run} share their base", "choose another output"
+        got = f"quantize is {one_value(now.quantize)}, was {one_value(before.get('quantize'))}"
+        raise RunError(rule, got, f"leave it out, or {remedy}")
+    name = from_above(now.model, run.run)
+    is_moved = not is_same_place(str(before.get("model")), now.model, run.run)
+    if run.base.files is not None and (is_moved or Path(name).is_dir()):
+        check_base(run.base, run.run, files=base_files(resolve_model(name)))
 
 
 def need_same_start(run: OpenState, now: RunConfig) -> None:
@@ -148,9 +109,10 @@ def general_of(config: RunConfig) -> dict[str, Any] | None:
     return {"bits": bits, "sources": sources, "start_data": data["start_data"]}
 
 
-def source_digests(config: RunConfig) -> dict[str, list[str]]:
-    """Return digests of the contents of a config's task and files of rows, by their keys."""
-    return _digests(config.data)
+def source_digests(config: RunConfig) -> Sources:
+    """Return digests of the contents of a config's task, files of rows and adapter, by keys."""
+    adapter = {ADAPTER: adapter_digests(config.start)} if config.start else {}
+    return _digests(config.data) | adapter
 
 
 def adapter_digests(adapter: str) -> list[str]:
@@ -161,22 +123,12 @@ def adapter_digests(adapter: str) -> list[str]:
         return [files.sha256(folder / name) for name in names]
 
 
-def import_sources(config: RunConfig) -> Sources:
-    """Return digests of all that the import of an adapter reads."""
-    return source_digests(config) | {ADAPTER: adapter_digests(str(config.start))}
-
-
-def need_same_sources(run: Path, stage: Stage, now: Sources) -> None:
-    """Raise RunError unless the files of a stage have the digests that the plan names.
+def need_pinned(run: Path, name: str, known: Sources, now: Sources) -> None:
+    """Raise RunError unless the files of the entry `name` have the digests that a run names.
 
     Every file is checked here before a row or tensor of it is stored: the run may come from
     somebody else, and name any file of this machine.
     """
-    need_pinned(run, stage.name, stage.sources, now)
-
-
-def need_pinned(run: Path, name: str, known: Sources, now: Sources) -> None:
-    """Raise RunError unless files have the digests that a run names; `name` is for the message."""
     if now != known:
         rule = f"Cannot build {name}: its files must not change before it is built"
         undo = f"chainlora undo {shlex.quote(str(run))}"
@@ -201,30 +153,18 @@ def _digests(data: DataConfig) -> dict[str, list[str]]:
 
 
 def _other_config(
-    run: OpenState, stage: str, key: str, old: Any, new: Any, *, has_ended: bool
+    run: OpenState, stage: Stage, now: RunConfig, key: str, *, has_ended: bool
 ) -> RunError:
     """Return the error for a config key that differs from a stage of the run."""
-    place, differs = run.run, f"{key} is {one_value(new):.60}, was {one_value(old):.60}"
-    if key in run.history.plan().stages[0].sources and has_ended:
-        differs += ", compared by content"
-    if stage != MAIN:
-        rule, got = "a stage keeps the config it began with", f"stage {stage!r}: {differs}"
-        remedy = "give the new stage another name (--name)"
-    elif has_ended:
-        rule, got = "a run that has ended keeps its config", f"{differs} in {place}"
-        add = f"chainlora extend {shlex.quote(str(place))} FILE"
-        remedy = f"choose another output, or add a stage to it: {add}"
-    else:
-        rule, got = "a run resumes with the config it began with", f"{differs} in {place}"
-        config = stage_folder(place, run.history.folder_of(stage)) / CONFIG
-        remedy = f"use {config}, or choose another output"
-    return RunError(rule, got, remedy)
-
-
-def _other_base(run: OpenState, key: str, old: Any, new: Any) -> RunError:
+    part, name = key.split(".")
+    configs = (stage.config, now.model_dump(mode="json"))
+    old, new = ((config.get(part) or {}).get(name) for config in configs)
     got = f"{key} is {one_value(new):.60}, was {one_value(old):.60}"
-    remedy = "leave it out, or choose another output"
-    return RunError(f"all stages of {run.run} share their base", got, remedy)
+    if key in stage.sources and has_ended:
+        got += ", compared by content"
+    remedy = "use that config, give the new stage another name (--name), or choose another output"
+    rule = "a stage keeps the config it began with"
+    return RunError(rule, f"stage {stage.name!r}: {got} in {run.run}", remedy)
 
 
 def check_resumed(before: Training, rows: str) -> None:

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from torch import Tensor
 
 from chainlora import files
 from chainlora.chain.adapters import base_layer, is_transposed, set_config, task_type
@@ -35,7 +34,7 @@ from chainlora.runs.entries import MAIN, Base, State, Training
 from chainlora.runs.history import History
 from chainlora.runs.links import save_link
 from chainlora.runs.opening import check_base
-from chainlora.runs.paths import HISTORY, exists_in, stage_folder
+from chainlora.runs.paths import HISTORY, exists_in, refuse_if_taken, stage_folder
 from chainlora.runs.recipes import Plan, Stage
 from chainlora.runs.state import OpenState
 
@@ -63,16 +62,6 @@ class Memory(Document):
     live: Live | None = None
     numbers: Numbers | None = None  # of a trainer's run
     adapter: str = ""  # SHA-256 of the adapter that a trainer saved beside the chain
-
-
-@dataclass(frozen=True)
-class SavedChain:
-    """A chain read from disk and checked; `links` are without the live one."""
-
-    state: OpenState
-    memory: Memory
-    links: list[Link]
-    live: dict[str, Tensor]
 
 
 def save_chain(chain: Chain, directory: str | Path) -> None:
@@ -110,8 +99,6 @@ def write_chain(
             files.save_tensors(folder / _LIVE, chain.live_state())
         write_part(folder / _CHAIN, _memory(chain, numbers, adapter))
         state = State(base=base.fingerprint, links=tuple(digest for digest, _ in saved))
-        training = Training(versions=versions())
-        facts: Any = {"files": files.checksums(folder), "training": training}
         history = History(base=base, hold=chain.hold, seed=chain.seed)
         stage = Stage(name=MAIN, kind="import")
         history = history.edited(Plan(stages=(stage,)), "save_chain")
@@ -119,37 +106,28 @@ def write_chain(
         history = history.model_copy(update={"versions": (only,), "at": 0})  # nothing to undo
         due = history.due_stage(MAIN)
         assert due is not None
-        whole = history.added(due.entry(state, **facts), dict(saved))
-        write_part(scratch / HISTORY, whole)
+        training = Training(versions=versions())
+        entry = due.entry(state, files=files.checksums(folder), training=training)
+        write_part(scratch / HISTORY, history.added(entry, dict(saved)))
 
 
-def read_chain(state: OpenState) -> SavedChain:
-    """Read a saved chain. Raises RunError for a damaged one, and for a run or the base."""
-    if state.entry is None:
-        rule, remedy = "a saved chain is restored with its links", "load the model itself"
-        raise RunError(rule, f"the base of {state.run}", remedy)
-    state.verify()
-    folder, entry = stage_folder(state.run, MAIN), state.at(MAIN).entry
-    if entry is None or _CHAIN not in entry.files:
-        raise RunError("the folder must hold a saved chain", f"a run, {state.run}", "name another")
-    memory = read_part(folder / _CHAIN, Memory)
-    live = load_file(folder / _LIVE) if _LIVE in entry.files else {}
-    links = state.read(state.state.links[: len(memory.ids)])
-    links = [replace(link, id=id) for link, id in zip(links, memory.ids, strict=True)]
-    return SavedChain(state, memory, links, live)
+def restore_chain(chain: Chain, state: OpenState) -> Memory:
+    """Replace the links of a chain by those of a saved one; return its memory.
 
-
-def restore_chain(chain: Chain, saved: SavedChain) -> None:
-    """Replace the links of a chain by the saved ones.
-
-    Raises RunError for another model.
+    Raises RunError for another model, a damaged chain, a run or the base.
     """
-    memory = saved.memory
-    check_base(saved.state.base, saved.state.run, chain=chain)
+    entry, folder = state.verify().entry, stage_folder(state.run, MAIN)
+    if entry is None or _CHAIN not in entry.files:
+        what = f"the base of {state.run}" if entry is None else f"a run, {state.run}"
+        raise RunError("a saved chain is restored with its links", what, "name a saved chain")
+    memory = read_part(folder / _CHAIN, Memory)
+    tensors = load_file(folder / _LIVE) if _LIVE in entry.files else {}
+    links = state.read(state.state.links[: len(memory.ids)])
+    check_base(state.base, state.run, chain=chain)
     if chain.live is not None:
         chain.discard()
     chain.drop(len(chain))
-    chain.add(*saved.links)
+    chain.add(*(replace(link, id=id) for link, id in zip(links, memory.ids, strict=True)))
     chain.next_id, chain.stage, chain.first_id = memory.next_id, memory.stage, memory.first_id
     if (live := memory.live) is not None:
         config = LinkConfig(**live.config)
@@ -157,7 +135,8 @@ def restore_chain(chain: Chain, saved: SavedChain) -> None:
         init = "kaiming" if config.init == "gradient" else config.init
         adapter = chain.extend(config.model_copy(update={"init": init}))
         set_config(adapter, config)
-        chain.load_live_state(saved.live, live.num_steps, live.num_soft_knots)
+        chain.load_live_state(tensors, live.num_steps, live.num_soft_knots)
+    return memory
 
 
 def current_links(chain: Chain) -> list[Link]:
@@ -210,12 +189,8 @@ def _refuse_if_taken(directory: Path) -> None:
         rule = "a chain must not be saved to the current folder"
         raise RunError(rule, directory, "name a folder in it, or call this from above")
     files.check_writable(directory)
-    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
-        return
-    if exists_in(directory) and (stage_folder(directory, MAIN) / _CHAIN).is_file():
-        return
-    rule = "a chain must be saved to a new or empty folder, or over another chain"
-    raise RunError(rule, directory, "choose another")
+    if not (exists_in(directory) and (stage_folder(directory, MAIN) / _CHAIN).is_file()):
+        refuse_if_taken(directory)
 
 
 def _memory(chain: Chain, numbers: Numbers | None, adapter: str) -> Memory:

@@ -207,11 +207,9 @@ class OpenState:
         """
         others = [*reversed(self.lineage), *self.history.entries]
         entry = next((e for e in others if e.has_config), None)
-        if entry is None and self.has_run:
-            rule, remedy = "a run must have ended a stage", "chainlora train RUN trains it"
-            raise RunError(rule, f"none in {self.run}", remedy)
         if entry is None:
-            raise RunError("a saved chain has no config", self.run, "name a run")
+            remedy = "chainlora train RUN trains one" if self.has_run else "a saved chain has none"
+            raise RunError("a run must have ended a stage", f"none in {self.run}", remedy)
         return entry
 
     def config(self) -> RunConfig:
@@ -226,7 +224,7 @@ class OpenState:
         path = self.folder / RECORDS
         if self.draft is not None:
             check_records(path, self.draft.records)
-        elif self.entry is not None and RECORDS in self.entry.files and path.is_file():
+        elif self.entry is not None and RECORDS in self.entry.files:
             self._need_own(self.entry, RECORDS)
         return read_records(path)
 
@@ -260,8 +258,7 @@ class OpenState:
             self._rows(digest)
         for entry in self.lineage:
             for name in entry.files:
-                if name != RECORDS or (stage_folder(self.run, entry.place) / name).is_file():
-                    self._need_own(entry, name)
+                self._need_own(entry, name)
         self.tokenizer()
         if self.draft is None:
             return self

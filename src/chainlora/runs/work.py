@@ -21,6 +21,7 @@ stage into the history.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
 from pathlib import Path, PurePosixPath
@@ -46,8 +47,8 @@ from chainlora.runs.history_file import folder_in, read_history, update_history
 from chainlora.runs.links import save_link, write_adapter_of
 from chainlora.runs.locks import Scratch
 from chainlora.runs.opening import check_base
-from chainlora.runs.records import RecordLog, resumed_log
-from chainlora.runs.resuming import check_resumed, need_same_sources, source_digests
+from chainlora.runs.records import RecordLog, check_records
+from chainlora.runs.resuming import check_resumed, need_pinned, source_digests
 from chainlora.runs.state import OpenState
 
 # The files of a checkpoint: the live link (`Chain.live_state`), and its optimizer.
@@ -88,19 +89,19 @@ class Work:
 
     # --- opening and closing ---
 
-    def open(self) -> None:
-        """If the stage was begun, check its files. Raises RunError for a damaged stage."""
+    def open(self, base_files: Mapping[str, str]) -> None:
+        """If the stage was begun, check its files. Raises RunError for damage and another base."""
         if self.writes and (begun := self.begun()) is not None:
             self._take(begun)
+            check_base(self.base, self.run, files=base_files)
 
-    def _take(self, state: OpenState) -> OpenState:
-        """Check the files of a state and continue from its point; return the checked state."""
+    def _take(self, state: OpenState) -> None:
+        """Check the files of a state and continue from its point."""
         state = state.verify()
         assert state.draft is not None
         self._draft, self.base = state.draft, state.history.base
         self._tied, self._links = list(state.draft.tied), dict(state.draft.links)
         self._hashes = dict(state.draft.files)
-        return state
 
     def begin(
         self, config: RunConfig, base: Base, *, rows: str, keep: Callable[[], Kept] | None
@@ -116,7 +117,7 @@ class Work:
         if self._draft is not None:
             return self._resume(self._draft, base, rows)
         due = self.due()
-        need_same_sources(self.run, due.stage, source_digests(config))
+        need_pinned(self.run, self.stage, due.stage.sources, source_digests(config))
         self._is_new = True
         self._scratch.clear()
         self.base = base
@@ -151,7 +152,8 @@ class Work:
         draft = self._draft = draft.with_training(rows=rows)
         self._scratch.remove_scratch()
         progress = deepcopy(draft.position)
-        self._log = resumed_log(self._log.path, draft.records, progress.num_records)
+        lines = check_records(self._log.path, draft.records)
+        self._log = RecordLog(self._log.path, lines[: progress.num_records])
         progress.num_records = self._log.count
         # Replace ``stage.json`` first: the old one may count the records that are cut.
         self._replace()
@@ -159,11 +161,6 @@ class Work:
         return progress
 
     # --- files that a resume reads ---
-
-    def check_base_files(self, files: Mapping[str, str]) -> None:
-        """Raise RunError if a resumed stage has another base, before it is loaded."""
-        if self._draft is not None:
-            check_base(self.base, self.run, files=files)
 
     def load_checkpoint(
         self, progress: Progress
@@ -270,7 +267,8 @@ class Work:
             links = self._tied[:num_links]
             if partial is not None:
                 links = [*links, self._save_link(partial)]
-        files.write_json(self.folder / RESULT, result)
+        text = json.dumps(result, indent=2, ensure_ascii=False)
+        files.write_text(self.folder / RESULT, f"{text}\n")
         self._hash(RESULT)
         records = self._log.flushed()
         sums = {n: digest for n, digest in self._hashes.items() if not _is_in(n, PASSING)}

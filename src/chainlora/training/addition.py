@@ -23,15 +23,9 @@ from chainlora.runs.entries import Base
 from chainlora.runs.history_file import read_history
 from chainlora.runs.loading_start import NOTHING, Start
 from chainlora.runs.open_base import OpenBase
-from chainlora.runs.paths import exists_in, need_apart, split_address
+from chainlora.runs.paths import exists_in, need_apart, refuse_if_other, split_address
 from chainlora.runs.recipes import Stage as PlannedStage
-from chainlora.runs.resuming import (
-    ADAPTER,
-    adapter_digests,
-    need_same,
-    need_same_start,
-    refuse_if_other,
-)
+from chainlora.runs.resuming import ADAPTER, adapter_digests, need_same, need_same_start
 from chainlora.runs.state import OpenState
 from chainlora.training.reconcile import Change, settled
 from chainlora.training.refusing import StagePlan, check_rows, need_beside, need_in_layers

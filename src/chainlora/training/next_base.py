@@ -24,9 +24,9 @@ from chainlora.runs.history_file import read_history
 from chainlora.runs.loading_start import NOTHING
 from chainlora.runs.locks import writing
 from chainlora.runs.open_base import OpenBase
-from chainlora.runs.paths import exists_in, need_apart
+from chainlora.runs.paths import exists_in, need_apart, refuse_if_other
 from chainlora.runs.recipes import Plan, Stage
-from chainlora.runs.resuming import need_same_sources, not_named, refuse_if_other, source_digests
+from chainlora.runs.resuming import need_pinned, not_named, source_digests
 from chainlora.runs.state import OpenState
 from chainlora.training.events import Listener
 from chainlora.training.reconcile import Change, settled
@@ -69,7 +69,7 @@ def _change(source: Path, model: str, target: Path) -> Change:
             source, history, stage, model=model, output=str(target)
         )
         with naming(PlannedStage(stage.name, config)):
-            need_same_sources(source, stage, source_digests(config))
+            need_pinned(source, stage.name, stage.sources, source_digests(config))
         moved = stage_of(stage.name, config, stage.names, stage.how)
         update = {"draws": stage.draws, "default_length": stage.default_length}
         new.append(moved.model_copy(update=update))

@@ -26,16 +26,10 @@ from chainlora.runs.history import History
 from chainlora.runs.history_file import read_history
 from chainlora.runs.loading_start import NOTHING, Start, load_start
 from chainlora.runs.open_base import OpenBase
-from chainlora.runs.paths import exists_in, need_apart
+from chainlora.runs.paths import exists_in, need_apart, refuse_if_other, refuse_if_taken
 from chainlora.runs.recipes import How, Plan
 from chainlora.runs.recipes import Stage as PlannedStage
-from chainlora.runs.resuming import (
-    check_plugins,
-    need_same,
-    need_same_start,
-    refuse_if_other,
-    refuse_if_taken,
-)
+from chainlora.runs.resuming import check_plugins, need_same, need_same_start
 from chainlora.runs.state import OpenState
 from chainlora.training.optimizers import reads_adam_keys
 from chainlora.training.processes import num_launched, wants_shards

@@ -36,7 +36,7 @@ from chainlora.runs.draft import Progress
 from chainlora.runs.entries import RESULT
 from chainlora.runs.history_file import folder_in, read_history
 from chainlora.runs.keys import Made
-from chainlora.runs.loading_start import NOTHING, Start, fitted
+from chainlora.runs.loading_start import NOTHING, Start, check_start
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import noted_base
 from chainlora.runs.state import OpenState
@@ -99,7 +99,9 @@ def _prepared(setup: _Setup, base: OpenBase | None, undo: ExitStack) -> Run:
     begun = setup.begun = None if work is None else work.begun()
     base = _open_base(setup, base)
     with processes.in_turn():
-        _open_files(base, work)
+        files = base.files  # may download them
+        if work is not None:
+            work.open(files)
     # 2. Rows, before the model: a bad row is reported early.
     tokenizer = base.tokenizer(start.tokenizer)
     with processes.in_turn():
@@ -116,7 +118,7 @@ def _prepared(setup: _Setup, base: OpenBase | None, undo: ExitStack) -> Run:
     engine = _new_engine(config, chain.model, processes)
     undo.callback(engine.close)
     if begun is None:
-        start = fitted(start, chain, config.model)
+        check_start(start, chain, config.model)
     # 4. The stage on disk, which begins or resumes; then the links of the chain.
     with processes.in_turn():
         progress = _begin_work(setup, chain, base, splits)
@@ -157,15 +159,6 @@ def _open_base(setup: _Setup, shared: OpenBase | None) -> OpenBase:
     run = setup.work.run if setup.work is not None and is_of_run else None
     base = OpenBase.of_config(setup.config, run)
     return base.or_shared(shared if setup.processes.count == 1 else None)
-
-
-def _open_files(base: OpenBase, work: Work | None) -> None:
-    """Check the files of a begun stage, then find and check those of its base; load nothing."""
-    if work is not None:
-        work.open()
-    files = base.files  # may download them
-    if work is not None:
-        work.check_base_files(files)
 
 
 def _read_rows(setup: _Setup, tokenizer: Any, context: int, earlier: dict[str, Kept]) -> Splits:

@@ -26,13 +26,14 @@ from chainlora.errors import ConfigError, RunError
 from chainlora.evaluation.combination import edited, has_general
 from chainlora.evaluation.forgetting import check_forgetting, need_scored_rows
 from chainlora.evaluation.stage_scores import HARM, Progress, columns_after_training, stage_matrix
+from chainlora.files import replaced_folder
 from chainlora.runs.addresses import open_run, state_at
 from chainlora.runs.beginning import fill_fork, fork_of
 from chainlora.runs.changes import whole_run
 from chainlora.runs.documents import write_part
 from chainlora.runs.draft import drafts_in
 from chainlora.runs.entries import MAIN
-from chainlora.runs.export import empty_folder, filled_folder
+from chainlora.runs.export import empty_folder
 from chainlora.runs.history import History
 from chainlora.runs.history_file import read_history
 from chainlora.runs.loading_start import NOTHING, with_begun
@@ -375,7 +376,7 @@ def combine(
         return open_run(folder)
     target = empty_folder(output)
     first, *others = _addresses(folder, names)
-    with filled_folder(target) as scratch:
+    with replaced_folder(target, only_empty=True) as scratch:
         state = open_run(first)
         history = fill_fork(scratch, state, fork_of(state))
         write_part(scratch / HISTORY, history)

@@ -40,7 +40,7 @@ from chainlora.runs.loading_start import NOTHING
 from chainlora.runs.locks import writing
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.recipes import Stage
-from chainlora.runs.resuming import import_sources, source_digests
+from chainlora.runs.resuming import source_digests
 from chainlora.runs.state import OpenState
 from chainlora.training.events import Listener
 from chainlora.training.plan import default_epochs
@@ -164,7 +164,7 @@ def plan_update(
     _check(changed, again, head, base)
     changed = [_with_hashes(each, head, base) for each in changed]
     words = " ".join(["update", *(each.stage.name for each in changed)])
-    new = history.changed([each.stage for each in changed], words)
+    new = history.edited(history.plan().with_changed(each.stage for each in changed), words)
     erased, counts = tuple[str, ...](), dict[str, Counts]()
     if purge and new.former:
         _need_no_undone(run, new)
@@ -202,7 +202,7 @@ def _found(
             continue
         config = _with_rows(config_of(run, stage), rows)
         try:
-            sources = _sources(stage, config)
+            sources = source_digests(config)
         except ChainLoRAError as error:
             missing[stage.name] = str(error)
             continue
@@ -221,10 +221,6 @@ def _refuse_missing(verb: str, missing: Mapping[str, str]) -> None:
     told = "; ".join(f"{name}: {error}" for name, error in missing.items())
     remedy = "Put the files back, or name one: chainlora update RUN STAGE --data.train FILE"
     raise RunError(f"Cannot {verb}: files of stages cannot be read ({told}). {remedy}.")
-
-
-def _sources(stage: Stage, config: RunConfig) -> dict[str, list[str]]:
-    return source_digests(config) if stage.kind == "stage" else import_sources(config)
 
 
 def _tree(config: RunConfig) -> dict[str, object]:
@@ -263,7 +259,7 @@ def _again(
     for stage in above:
         config = config_of(run, stage)
         try:
-            differs = _sources(stage, config) != stage.sources
+            differs = source_digests(config) != stage.sources
         except ChainLoRAError as error:
             missing[stage.name] = str(error)
             continue

@@ -26,7 +26,7 @@ from chainlora.data.sources import FileSource
 from chainlora.data.splits import check_files
 from chainlora.errors import ConfigError, DataError, RunError, printable
 from chainlora.evaluation.stage_scores import HARM
-from chainlora.runs.changes import has_work
+from chainlora.runs.changes import work_left
 from chainlora.runs.entries import START
 from chainlora.runs.history_file import read_history
 from chainlora.runs.paths import is_run
@@ -61,7 +61,7 @@ def command_of(
     rows.
     """
     if rows is None:
-        if run is None or not has_work(read_history(Path(run))):
+        if run is None or not work_left(read_history(Path(run))):
             raise ConfigError("Training needs a file of rows", remedy="choose one")
         return ["train", str(Path(run).resolve())]
     if run is None and not model:
@@ -260,7 +260,7 @@ class Trainer:
     @property
     def _has_more(self) -> bool:
         """Return whether the run has declared entries; a command stopped early has left none."""
-        return is_run(self.run) and has_work(read_history(self.run))
+        return is_run(self.run) and bool(work_left(read_history(self.run)))
 
     @property
     def run(self) -> Path:

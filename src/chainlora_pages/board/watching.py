@@ -13,7 +13,7 @@ from statistics import median
 
 from chainlora.errors import ChainLoRAError
 from chainlora.runs.addresses import begun_stage, open_run, state_at
-from chainlora.runs.changes import MATRIX, has_work
+from chainlora.runs.changes import MATRIX, work_left
 from chainlora.runs.draft import DRAFT, drafts_in
 from chainlora.runs.entries import RECORDS
 from chainlora.runs.history_file import folder_in, read_history
@@ -83,7 +83,7 @@ def standing_of(run: Path) -> dict[str, str]:
         texts = dict(zip(keys, _standing(run, name, *stamps), strict=True))
     except ChainLoRAError:
         return dict.fromkeys(keys, NONE) | {"state": "cannot be read"}
-    if texts["state"] == "done" and has_work(read_history(run)):  # such as a combination
+    if texts["state"] == "done" and work_left(read_history(run)):  # such as a combination
         texts["state"] = "training"
     if texts["state"] == "training" and not is_held(run):
         texts["state"] = "interrupted"
