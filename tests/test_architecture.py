@@ -81,6 +81,8 @@ MORE: dict[str, dict[str, set[str]]] = {
         "chainlora.data.sources": {"FileSource", "HubSource", "find_file"},
         "chainlora.data.splits": {"reported_of"},
         "chainlora.data.tasks": {"Task"},
+        "chainlora.files": {"make_folder", "write_text"},
+        "chainlora.knots.numbers": {"BREAK_EVEN"},
         "chainlora_pages": set(chainlora_pages.__all__),
     },
 }

@@ -63,7 +63,9 @@ def learn_in_turn(
 
 def check_in_turn(stages: Sequence[Stage]) -> None:
     """Raise ConfigError unless one LoRA can go on through all stages."""
-    _need_no_replay(stages)
+    if wrong := [stage.name for stage in stages if stage.config.data.replay]:
+        rule = "one LoRA that goes on reads no rows of earlier stages"  # each is a run of its own
+        raise ConfigError(rule, f"data.replay in {wrong[0]}", "leave it out, or take preset replay")
     chains = [stage.config.chain for stage in stages]
     kinds = {
         (c.ranks, c.alpha, c.rslora, str(c.target_modules), str(c.exclude_modules)) for c in chains
@@ -76,13 +78,6 @@ def check_in_turn(stages: Sequence[Stage]) -> None:
             "; ".join(f"ranks {[*c.ranks]}, alpha {c.alpha}" for c in chains),
             "set `chain` beside `stages`, for all of them",
         )
-
-
-def _need_no_replay(stages: Sequence[Stage]) -> None:
-    """Raise ConfigError for replay, since each stage is a run of its own without earlier rows."""
-    if wrong := [stage.name for stage in stages if stage.config.data.replay]:
-        rule = "one LoRA that goes on reads no rows of earlier stages"
-        raise ConfigError(rule, f"data.replay in {wrong[0]}", "leave it out, or take preset replay")
 
 
 def _train(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from chainlora.errors import ConfigError, FileError, nearest
+from chainlora.errors import ConfigError, nearest
+from chainlora.files import make_folder, write_text
 
 
 class Keys(BaseModel):
@@ -55,18 +55,5 @@ def write_whole(path: Path, text: str) -> None:
 
     Raises FileError: it cannot be written.
     """
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with new.open("wb") as file:
-            file.write(text.encode("utf-8"))
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
-    except OSError as error:
-        if new.is_file():
-            new.unlink()
-        got = f"{error.strerror} for {path}"
-        raise FileError(
-            "a file must be written", got, "free some space, or choose a place"
-        ) from None
+    make_folder(path.parent)
+    write_text(path, text)

@@ -51,7 +51,7 @@ def chain_pictures(run: RunFacts) -> list[Picture]:
     """Return charts of each link, for a run with links: size, rank, spectrum, layers, overlap."""
     links = run.links
     note = "mean over the modules, the largest first"
-    styles = _styles(links, run.stage_names)
+    styles = _styles(links, run.state.stages)
     spectra = partial(_draw_spectra, links=links, styles=styles)
     panels = [
         *_size_panels(links, styles),
@@ -72,7 +72,7 @@ def stage_pictures(run: RunFacts) -> list[Picture]:
         return []
     stages = run.matrix.of([name for name in run.matrix.stages if name != BASE])
     is_shares = all(is_share(cell.metric, cell.value) for cell in stages.cells)
-    shares = [_shares_picture(stages, run.stage_names)] if is_shares and stages.cells else []
+    shares = [_shares_picture(stages, run.state.stages)] if is_shares and stages.cells else []
     columns = zip(run.matrix.stages, zip(*run.matrix.grid, strict=True), strict=True)
     scored = [name for name, cells in columns if any(cells)]
     return [*shares, _matrix_picture(run.matrix.of(scored))]

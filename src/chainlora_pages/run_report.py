@@ -406,7 +406,9 @@ def _side_by_side(title: str, runs: Mapping[str, Mapping[str, str]], corner: str
 
 def _counts(parts: Sequence[RunFacts]) -> dict[str, str]:
     """Return the sums of steps, tokens and time over the stages that were trained here."""
-    positions = [part.position for part in parts if part.was_trained_here]
+    # steps and time are known: not of an import and a saved chain
+    trained = [part for part in parts if part.state.draft is not None or part.result]
+    positions = [part.position for part in trained]
     names = ("steps", "tokens trained on", "tokens scored", "time")
     if not positions:
         saved = [facts for part in parts if not part.state.has_run for facts in part.state.facts]

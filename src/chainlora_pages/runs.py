@@ -44,11 +44,6 @@ class RunFacts:
         return self.stages or [self]
 
     @property
-    def stage_names(self) -> list[str]:
-        """Return the stages in order; charts choose colours by it."""
-        return self.state.stages
-
-    @property
     def steps(self) -> list[Record]:
         return of_event(self.records, "step")
 
@@ -70,11 +65,6 @@ class RunFacts:
         """Return the main validation metric; the loss if there is no other."""
         names = [*score_names(self.evaluations), "loss"]
         return next((name for name in names if any(name in r for r in self.evaluations)), None)
-
-    @property
-    def was_trained_here(self) -> bool:
-        """Say whether steps and time are known; an import and a saved chain have none."""
-        return self.state.draft is not None or bool(self.result)
 
     @property
     def position(self) -> Progress:

@@ -166,7 +166,7 @@ ADJUSTMENTS: dict[str, dict[str, Any]] = {
         "swa_qk_nope_head_dim": 8,
         "swa_v_head_dim": 8,
     },
-    "gemma3_text": {"layer_types": _WINDOWED},
+    **_each({"layer_types": _WINDOWED}, "gemma3_text kolibri1 laguna mellum"),
     "gemma3n_text": {
         "layer_types": _WINDOWED,
         "num_kv_shared_layers": 2,
@@ -180,17 +180,12 @@ ADJUSTMENTS: dict[str, dict[str, Any]] = {
         "loop_layer_index_start": 1,
         "loop_layer_index_end": 3,
     },
-    "inkling2_text": {"layer_types": ["hybrid_sliding", "hybrid"] * 2},
-    "inkling_text": {"layer_types": ["hybrid_sliding", "hybrid"] * 2},
+    **_each({"layer_types": ["hybrid_sliding", "hybrid"] * 2}, "inkling2_text inkling_text"),
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {"layer_types": _MIXED},
-    "kolibri1": {"layer_types": _WINDOWED},
-    "laguna": {"layer_types": _WINDOWED},
-    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    **_each({"layer_types": ["conv", "full_attention"] * 2}, "lfm2 lfm2_moe"),
     "lfm3": {"layer_types": ["conv", "sliding_attention", "full_attention", "conv"]},
     "mamba2": {"num_heads": 8},
-    "mellum": {"layer_types": _WINDOWED},
     "qwen2": {"use_sliding_window": True, "max_window_layers": 2},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
@@ -284,13 +279,8 @@ def model_types() -> list[str]:
     return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
-    """Return a small config of a model type without randomness; `changes` are set on top."""
-    kind = CONFIG_MAPPING[model_type]
-    return kind(**_shrunk(kind, ADJUSTMENTS.get(model_type, {}) | changes))
-
-
 def _shrunk(kind: type[PreTrainedConfig], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys of a small config without randomness; `changes` are set on top."""
     default = kind()
     given = default.to_dict()
     values = {
@@ -330,7 +320,9 @@ def _small_rope(rope: dict[str, Any]) -> dict[str, Any]:
 def tiny_model(model_type: str, *, seed: int = 0, enlarged: bool = True, **changes: Any) -> Any:
     """Return a tiny model with weights large enough to matter, float32, in evaluation mode."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(model_type, **changes)).float()
+    kind = CONFIG_MAPPING[model_type]
+    config = kind(**_shrunk(kind, ADJUSTMENTS.get(model_type, {}) | changes))
+    model = AutoModelForCausalLM.from_config(config).float()
     if enlarged:
         enlarge(model, seed)
     return model.eval()

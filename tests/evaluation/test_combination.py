@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tiny_folder, write_rows
-from helpers import settings, sign, train_all, train_on
+from helpers import sign, train_all, train_on
 from helpers_stages import begin, config_of, section, train_beside
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -172,10 +172,8 @@ def test_a_run_of_an_exported_adapter_has_the_tokenizer_of_its_base(sentiment, a
 
 
 def test_a_stage_of_another_run_gets_its_folder_as_a_name(tiny_folder, sentiment, ac, tmp_path):
-    tree = settings(tiny_folder, sentiment, tmp_path / "law")
-    tree["chain"] = {"alpha": 8, "target_modules": ["q_proj"], "ranks": [2], "steps": [2]}
-    tree["stages"] = [{"name": "a", "data": tree.pop("data"), "chain": tree.pop("chain")}]
-    train_all(tree)
+    tree = config_of(tiny_folder, sentiment, tmp_path / "law")
+    train_all(tree | {"stages": [section(sentiment, "a", steps=[2])]})
     found = combine(ac, str(tmp_path / "law"))  # one name alone
     assert found.entry.parents == ("a", "c", "law")
     assert found.stages == ["a", "c", "law"]
@@ -198,12 +196,9 @@ def test_a_run_that_is_taken_in_changes_nothing_that_is_there(tiny_folder, senti
 def test_general_rows_of_another_run_are_none_of_its_stages(sentiment, ac, tiny_folder, tmp_path):
     """They are those of the base: a stage's own model was fitted to them, too."""
     for name, rows in (("with", {"train": str(sentiment / "train.jsonl")}), ("without", "none")):
-        tree = settings(tiny_folder, sentiment, tmp_path / name)
-        tree["chain"] = {"ranks": [2], "steps": [1], "target_modules": ["q_proj"]}
-        del tree["data"]
+        tree = config_of(tiny_folder, sentiment, tmp_path / name)
         rows = rows if rows == "none" else rows | {"task": str(sentiment / "task.yaml")}
-        tree |= {"start_data": rows, "stages": [section(sentiment, "d", ranks=[2], steps=[1])]}
-        train_all(tree)
+        train_all(tree | {"start_data": rows, "stages": [section(sentiment, "d", steps=[1])]})
     digests = [
         combine(ac, ["a", tmp_path / name], output=tmp_path / f"of-{name}").state.digest
         for name in ("with", "without")
@@ -212,12 +207,9 @@ def test_general_rows_of_another_run_are_none_of_its_stages(sentiment, ac, tiny_
 
 
 def test_rows_of_what_another_run_began_on_stay_its_own(tiny_folder, sentiment, ac, tmp_path):
-    tree = settings(tiny_folder, sentiment, tmp_path / "law", chain={"ranks": [2], "steps": [1]})
-    tree["chain"]["target_modules"] = ["q_proj"]
-    del tree["data"]
+    tree = config_of(tiny_folder, sentiment, tmp_path / "law")
     rows = {"task": str(sentiment / "task.yaml"), "validation": str(sentiment / "validation.jsonl")}
-    tree |= {"start_data": rows, "stages": [section(sentiment, "d", ranks=[2], steps=[1])]}
-    train_all(tree)
+    train_all(tree | {"start_data": rows, "stages": [section(sentiment, "d", steps=[1])]})
     combine(ac, [tmp_path / "law"])
     assert open_run(ac).history.find("start") is None
     assert "start" not in open_run(ac).columns

@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import write_rows
 from faults.lives import live
-from helpers import settings, train_all, train_on
-from helpers_stages import die, section, train_beside
+from helpers import train_all, train_on
+from helpers_stages import config_of, die, section, train_beside
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
@@ -33,12 +33,9 @@ def trained(tiny_folder, sentiment, tmp_path_factory) -> Path:
     """A run of a, b and c beside each other, with general rows, combined without steps."""
     folder = tmp_path_factory.mktemp("steps")
     texts = [{"text": "two red birds fly over the hill"}, {"text": "one cat sat on a mat"}]
-    config = settings(tiny_folder, sentiment, folder / "run")
-    config |= {"start_data": {"train": str(write_rows(folder / "general.jsonl", texts))}}
-    config |= {"stages": [section(sentiment, "a")]}
-    config["chain"] = {"alpha": 8}
-    del config["data"]
-    train_all(config)
+    config = config_of(tiny_folder, sentiment, folder / "run")
+    general = {"train": str(write_rows(folder / "general.jsonl", texts))}
+    train_all(config | {"start_data": general})
     for name in "bc":
         train_beside(sentiment, folder / "run", name)
     return folder / "run"

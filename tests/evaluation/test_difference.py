@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import make_tiny_folder, write_rows
 from helpers import settings, train_all
-from helpers_stages import section
+from helpers_stages import begin
 
 from chainlora import diff, extend, open_run
 from chainlora.chain.link import stack_links
@@ -19,10 +19,7 @@ from chainlora.chain.link import stack_links
 def run(tiny_folder, sentiment, tmp_path_factory) -> Path:
     """A run of stages a and b beside each other, b at two ranks, and their combination."""
     folder = tmp_path_factory.mktemp("difference")
-    tree = settings(tiny_folder, sentiment, folder / "run")
-    tree["chain"] = {"alpha": 8, "target_modules": ["q_proj", "down_proj"]}
-    del tree["data"]
-    train_all(tree | {"stages": [section(sentiment, "a")]})
+    begin(tiny_folder, sentiment, folder / "run")
     rows = [{"prompt": f"say {n}:", "completion": " yes"} for n in range(12)]
     data = {"train": str(write_rows(folder / "b.jsonl", rows)), "validation": 4}
     other = {"name": "b", "data": data, "train": {"lr": 0.1}}

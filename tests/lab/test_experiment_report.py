@@ -257,13 +257,6 @@ def test_a_difference_is_this_less_that_and_says_which_sign_is_better(chainlora,
     assert curve.points[10][0] < 0  # this curve's losses fall faster for chain3
 
 
-def test_the_report_breaks_even_where_the_package_ties_no_soft_knot():
-    from chainlora.knots import numbers
-    from chainlora_lab.report import verdicts
-
-    assert verdicts.BREAK_EVEN == numbers.BREAK_EVEN
-
-
 def test_the_page_of_an_experiment(tmp_path):
     figures = ["scores", "differences", "curves"]
     report_experiment(change(tmp_path / "results.jsonl", with_curve, figures=figures))

@@ -19,7 +19,7 @@ from conftest import write_rows
 from filelock import FileLock
 from helpers import settings, stop_after
 
-from chainlora import export_adapter, extend, load_run, train
+from chainlora import extend, load_run, train
 from chainlora.config.staging import make_stages
 from chainlora.errors import ConfigError, DataError, RunError
 from chainlora.evaluation.generation import Decoding, Speaker
@@ -123,13 +123,6 @@ def test_right_answers_are_counted_and_few_are_told(tiny_folder, tmp_path):
     html = answers_html(desk, [("got", "base"), ("before", now)], now, has_advice=True)
     assert "0 of 20 right; before 20." in html
     assert "more epochs" in html
-
-
-def test_a_state_is_exported_as_by_command(run, tmp_path):
-    Desk(run).export("birds", tmp_path / "desk", "adapter")
-    assert open_run(run).key == "hills"
-    export_adapter(f"{run}@birds", tmp_path / "command")
-    assert checksums(tmp_path / "desk") == checksums(tmp_path / "command")
 
 
 def test_who_stops_listening_stops_the_model(run):

@@ -50,8 +50,8 @@ def table(page: str, title: str) -> list[list[str]]:
 
 
 def page_of(*runs: Path | str, output: Path | None = None, **keys) -> str:
-    """Make the page of runs."""
-    written = report_runs(runs, output, **keys)["output"]
+    """Make the page of runs, by default without answers."""
+    written = report_runs(runs, output, **{"prompts": 0} | keys)["output"]
     return Path(written).read_text(encoding="utf-8")
 
 

@@ -8,7 +8,7 @@ runs, because a float32 copy of the model would need twice its memory.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
 
@@ -51,22 +51,17 @@ def computing_in_float32(model: nn.Module) -> Iterator[None]:
     def widen_output(_: nn.Module, __: Any, output: Tensor) -> Tensor:
         return output.float() if output.dtype in TWO_BYTES else output
 
-    handles = []
-    for module in model.modules() if compute_dtype(model) in TWO_BYTES else ():
-        if not _two_byte_tensors(module):
-            continue
-        if isinstance(module, nn.Embedding):
-            handles.append(module.register_forward_hook(widen_output))
-        else:
-            handles.append(module.register_forward_pre_hook(enter))
-            handles.append(module.register_forward_hook(leave, always_call=True))
-    try:
+    with ExitStack() as ends:
+        for module in model.modules() if compute_dtype(model) in TWO_BYTES else ():
+            if not _two_byte_tensors(module):
+                continue
+            ends.callback(_restore, module, stored)
+            if isinstance(module, nn.Embedding):
+                ends.enter_context(module.register_forward_hook(widen_output))
+            else:
+                ends.enter_context(module.register_forward_pre_hook(enter))
+                ends.enter_context(module.register_forward_hook(leave, always_call=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in list(stored):
-            _restore(module, stored)
 
 
 def _two_byte_tensors(module: nn.Module, *, recurse: bool = False) -> list[Tensor]:

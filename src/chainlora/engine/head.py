@@ -136,10 +136,8 @@ def _probe_head(model: nn.Module) -> tuple[FindHead, Transform | None]:
     ours = []
     keep = base_model(model).register_forward_hook(lambda _, __, output: states.append(output))
     with probing(model):
-        try:
+        with keep:  # removed at the end
             theirs = getattr(model(input_ids=ids, use_cache=False), "logits", None)
-        finally:
-            keep.remove()
         if not states:  # OPT calls the parts of its base, not the base
             states.append(base_model(model)(input_ids=ids, use_cache=False))
         hidden = states[0].last_hidden_state

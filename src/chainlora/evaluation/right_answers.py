@@ -13,7 +13,7 @@ from chainlora.runs.entries import START
 from chainlora.runs.open_base import OpenBase
 from chainlora.runs.opening import chain_on_base
 
-ROWS = 20  # of each stage
+ROWS = 20  # the most of each stage; the same rows each time
 
 
 class Answered(NamedTuple):
@@ -24,18 +24,13 @@ class Answered(NamedTuple):
 
 
 def right_answers(
-    run: Address,
-    stages: Collection[str] | None = None,
-    *,
-    rows: int = ROWS,
-    base: OpenBase | None = None,
+    run: Address, stages: Collection[str] | None = None, *, base: OpenBase | None = None
 ) -> dict[str, Answered]:
     """Ask a run the prompts of trained rows that its stages kept, and count the exact answers.
 
     Args:
         run: a run, or one of its states.
         stages: the stages whose rows are asked; by default all.
-        rows: the most rows of each stage; the same rows each time.
         base: the base, if it is open already.
 
     Returns:
@@ -43,7 +38,7 @@ def right_answers(
     """
     state = open_run(run)
     sources = [
-        Source(key, each.train[:rows], each.asked["stop"])
+        Source(key, each.train[:ROWS], each.asked["stop"])
         for key, each in state.kept().items()
         if key != START and each.loss not in PAIR_LOSSES and (stages is None or key in stages)
     ]
@@ -79,9 +74,8 @@ class Compared(NamedTuple):
 
 def compared(before: Address, now: Address) -> list[Compared]:
     """Compare the current states of two runs by stage."""
-    answers = [right_answers(run) for run in (before, now)]
-    scores = [_scores(run) for run in (before, now)]
-    (right_before, right), (score_before, score) = answers, scores
+    right_before, right = map(right_answers, (before, now))
+    score_before, score = map(_scores, (before, now))
     return [
         Compared(s, right_before.get(s), right.get(s), score_before.get(s), score.get(s))
         for s in open_run(now).columns

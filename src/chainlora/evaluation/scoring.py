@@ -139,17 +139,9 @@ def _scored(
             assert config is not None
             return settings, rows, judge_odds(engine, rows, config.train.orpo_beta, progress)
         if settings.loss != "dpo":
-            evaluation = evaluate(
-                model,
-                rows,
-                engine=engine,
-                metrics=settings.metrics,
-                tokenizer=tokenizer,
-                stop=settings.stop,
-                max_new_tokens=settings.max_new_tokens,
-                progress=progress,
-            )
-            return settings, rows, evaluation
+            asked: Any = {"stop": settings.stop, "max_new_tokens": settings.max_new_tokens}
+            asked |= {"metrics": settings.metrics, "tokenizer": tokenizer, "progress": progress}
+            return settings, rows, evaluate(model, rows, engine=engine, **asked)
         scores = engine.scores(rows, progress=progress)
     assert config is not None
     del model, engine  # keep only one model in memory

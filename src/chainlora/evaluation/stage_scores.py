@@ -362,16 +362,9 @@ class Scorer:
         if kept.loss == "dpo":
             scores = engine.scores(rows, progress=report)
             return judge_pairs(rows, scores, self._references[stage], 1.0)
-        return evaluate(
-            engine.model,
-            rows,
-            engine=engine,
-            metrics=[kept.metric],
-            tokenizer=self.tokenizer,
-            stop=kept.asked["stop"],
-            max_new_tokens=kept.asked["max_new_tokens"],
-            progress=report,
-        )
+        keys: Any = {key: kept.asked[key] for key in ("stop", "max_new_tokens")}
+        keys |= {"metrics": [kept.metric], "tokenizer": self.tokenizer, "progress": report}
+        return evaluate(engine.model, rows, engine=engine, **keys)
 
 
 def _scored_on(run: OpenState, stage: str, kept: Kept) -> str:

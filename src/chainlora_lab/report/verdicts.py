@@ -6,15 +6,12 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from chainlora.knots.numbers import BREAK_EVEN
 from chainlora_lab.experiment import OVERALL
 from chainlora_lab.report.comparisons import Comparison, Facts
 from chainlora_lab.report.values import cells_of, digits
 from chainlora_lab.statistics.pairs import VERDICTS
 from chainlora_pages import Table, number, table_of
-
-# Learned tokens per trained parameter near which soft knots break even with LoRA of the same rank.
-# Above, they closed up to 0.13 of the gap to rank 4r at every doubling (benchmarks/lab/README.md).
-BREAK_EVEN = 11.0
 
 
 def verdicts(comparisons: Sequence[Comparison]) -> str:
@@ -173,6 +170,7 @@ def does_rank_bind(facts: Facts) -> Iterator[str]:
             )
             continue
         tokens = lora.scored_tokens / lora.num_trained
+        # at a doubling they closed up to 0.13 of the gap to rank 4r (benchmarks/lab/README.md)
         share = max(0.0, 0.13 * math.log2(tokens / BREAK_EVEN))
         yield (
             f"**Rank {rank} is the bottleneck on {each.task}**: rank {4 * rank} is "

@@ -19,7 +19,7 @@ the updates in RegMean++; IterIS does so itself.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -112,12 +112,10 @@ def _inputs(model: Any, modules: Sequence[str]) -> Iterator[dict[str, list[Tenso
     def note(name: str) -> Any:
         return lambda module, args: seen[name].append(args[0].reshape(-1, args[0].shape[-1]))
 
-    hooks = [model.get_submodule(n).register_forward_pre_hook(note(n)) for n in modules]
-    try:
+    with ExitStack() as hooks:
+        for n in modules:
+            hooks.enter_context(model.get_submodule(n).register_forward_pre_hook(note(n)))
         yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 # --- RegMean++ ---

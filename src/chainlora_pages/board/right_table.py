@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from chainlora.errors import RunError
 from chainlora.evaluation.answers import Said
 from chainlora_pages.board.desk import Desk
-from chainlora_pages.page import Answer, Section, Text, Texts, as_text, render_part, section
+from chainlora_pages.page import Section, Text, Texts, as_text, render_part, section
 
 _FEW = 0.8  # share of right answers below which the page says what to try
 _ADVICE = (
@@ -48,7 +48,8 @@ def answers_section(
     rows: list[list[str | Said]] = [
         [each.prompt, each.expected or "", *each.answers] for each in asked
     ]
-    counts = [sum(said.is_right is True for said in column) for column in _columns(asked)]
+    columns = zip(*(each.answers for each in asked), strict=True)  # by state
+    counts = [sum(said.is_right is True for said in column) for column in columns]
     names = [name for name, _ in states]
     texts = [f"{name} {count}" for name, count in zip(names, counts, strict=True)]
     texts[0] = f"{counts[0]} of {len(asked)} right" + f" ({names[0]})" * (names[0] != "got")
@@ -56,8 +57,3 @@ def answers_section(
     summary = f"**{as_text('; '.join(texts))}.** {_ADVICE if is_few else ''}"
     title = f"Answers to the rows of {stage}" if stage else "Answers to rows of the data"
     return section(title, Text(summary), Texts(title, heads, rows))
-
-
-def _columns(asked: Sequence[Answer]) -> list[list[Said]]:
-    """Return the answers of each state."""
-    return [list(column) for column in zip(*(each.answers for each in asked), strict=True)]
