@@ -178,27 +178,14 @@ def test_chat_shows_tools_as_rows_do(chainlora, tmp_path, loud, typed):
     assert said.out != chainlora(*asked[:-1]).out
 
 
-@pytest.fixture
-def retold(tiny_folder, tmp_path):
-    """Copy the tiny model with another chat template, made of its own, or with none."""
-
-    def make(before: str | None) -> Path:
-        folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
-        for file in folder.glob("chat_template*"):
-            file.unlink()
-        tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-        tokenizer.chat_template = None if before is None else before + tokenizer.chat_template
-        tokenizer.save_pretrained(folder)
-        return folder
-
-    return make
-
-
-def test_a_system_message_reaches_the_template(chainlora, typed, retold):
-    strict = retold(
+def test_a_system_message_reaches_the_template(chainlora, typed, tiny_folder, tmp_path):
+    strict = shutil.copytree(tiny_folder, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(strict)
+    tokenizer.chat_template = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('none') }}{% endif %}"
         "{% if messages[2:] %}{{ raise_exception('one turn') }}{% endif %}"
-    )
+    ) + tokenizer.chat_template
+    tokenizer.save_pretrained(strict)
     typed("good cat\ngood cat\n")
     outcome = chainlora(f"chat {strict} --max-new-tokens 2")
     assert outcome.status == 0

@@ -13,14 +13,6 @@ from chainlora.data.sources import Row
 from chainlora.data.tasks import load_task
 from chainlora.errors import ConfigError, DataError
 
-
-def test_a_task_is_a_file():
-    with pytest.raises(ConfigError, match=r"a .yaml file \(got 'rte'\); give the path of a task"):
-        load_task("rte")
-    with pytest.raises(ConfigError, match=r"got .*none.yaml"):
-        load_task("none.yaml")
-
-
 WRITTEN = {"labels": None, "completion": "x", "loss": "completion"}
 WRITTEN |= {"metric": "em", "references": "gold"}
 

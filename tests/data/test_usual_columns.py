@@ -136,9 +136,3 @@ def test_rows_without_a_separator_are_counted(prompt, answer, count, caplog):
     said += "a space, end prompts with a line break, or write a task file with a template"
     assert caplog.messages == [said] * bool(count)
     assert found.report()["train"].get("rows_joined", 0) == count
-
-
-def test_templates_separate_prompt_and_answer(caplog):
-    read(write_rows(Path("a.jsonl"), [{"instruction": "dogs?", "output": "two"}] * 4))
-    read(write_rows(Path("b.jsonl"), [{"instruction": "dogs?", "output": "two"}] * 4), CHAT)
-    assert "nothing separates" not in caplog.text

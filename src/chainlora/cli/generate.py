@@ -81,13 +81,14 @@ def generate(run_or_model: str, prompt: str | None, raw: bool, as_json: bool, **
             raise click.UsageError("Missing option '--prompt' (or a text on stdin)")
         prompt = stdin.read()
     speaker, facts = _speaker(run_or_model, **keys)
-    is_known = raw or facts is None or facts.has(prompt)
-    is_question = facts is not None and facts.is_chat and not is_known
-    if is_question:
+    if raw or facts is None or facts.has(prompt):
+        pieces = speaker.complete(prompt)
+    elif facts.is_chat:
         to_stderr(
             "chainlora: asked in the chat template, as the run's rows are; --raw leaves it out"
         )
-    elif facts is not None and not is_known:
+        pieces = speaker.answer([{"role": "user", "content": prompt}])
+    else:
         other = ""
         if facts.has(prompt.rstrip("\r\n")):  # `echo` adds a line break
             other = "; remove the line break at the end of the prompt"
@@ -96,9 +97,6 @@ def generate(run_or_model: str, prompt: str | None, raw: bool, as_json: bool, **
             f"{' or '.join(map(repr, facts.endings))}, but this prompt does not. The answer may "
             f"make no sense{other}"
         )
-    if is_question:
-        pieces = speaker.answer([{"role": "user", "content": prompt}])
-    else:
         pieces = speaker.complete(prompt)
     if as_json:
         list(pieces)  # the whole answer

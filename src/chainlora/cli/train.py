@@ -121,10 +121,8 @@ def _train_file(file: str, overrides: list[tuple[str, str]], dry_run: bool, as_j
         set_key(tree, key, value)
     settings = check_alone(make_config(tree))
     if settings.output is None:
-        raise ConfigError(
-            "`output` must name a directory for the run (got none); add it to the config or pass "
-            "--output"
-        )
+        rule = "`output` must name a directory for the run"
+        raise ConfigError(rule, "none", "add it to the config or pass --output")
     _announce(file, settings)
     _train_alone(Stage(stage, settings), dry_run, as_json)
 

@@ -9,7 +9,6 @@ from typing import Any
 import click
 
 from chainlora.cli.common import (
-    check_run_or_model,
     draw,
     is_run,
     json_option,
@@ -149,7 +148,6 @@ def export(
     the run's data type.
     """
     need_run(run)
-    check_run_or_model(run, links)
     _check_export(target, repository, private, options)
     quiet()
     from chainlora.runs.addresses import open_run

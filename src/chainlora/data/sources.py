@@ -7,7 +7,6 @@ sources can be larger than memory.
 from __future__ import annotations
 
 import hashlib
-import logging
 import re
 from abc import ABC, abstractmethod
 from collections import deque
@@ -25,8 +24,6 @@ from huggingface_hub import is_offline_mode
 from chainlora.config.data import FIELDS_KEY
 from chainlora.data.readers import READERS, CsvFile, Record, bad_row, parse_json, without_filling
 from chainlora.errors import DataError
-
-_log = logging.getLogger(__name__)
 
 SUFFIXES = tuple(READERS)
 _SMALL = 1 << 24  # bytes; files up to this size stay in memory
@@ -84,10 +81,6 @@ class Source(ABC):
     def remark(self) -> str:
         """Return how reading differs from the usual, or "". May read all rows."""
         return ""
-
-    def warn_of_remark(self) -> None:
-        if remark := self.remark():
-            _log.warning("%s", remark)
 
     def num_rows(self) -> int:
         """Return the number of rows. May read all rows."""
@@ -299,8 +292,7 @@ def find_source(source: str | Path, split: str = "train", limit: int | None = No
         begin = "" if path.is_absolute() else f", relative to {Path.cwd()}"
         rule = "data must be a file, a folder or a Hub dataset owner/name"
         raise DataError(rule, source, f"check the path{begin}")
-    named = (match["name"], None, match["revision"])
-    return HubSource(match["path"], split, *named, limit=limit)
+    return HubSource(match["path"], split, match["name"], None, match["revision"], limit=limit)
 
 
 def find_file(folder: Path, stems: Sequence[str]) -> Path | None:

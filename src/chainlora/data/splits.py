@@ -377,8 +377,8 @@ def _encode(
     warn: bool = True,
 ) -> Rows:
     """Encode rows, and warn of unusual files and of rows that were cut or left out."""
-    if warn:
-        source.warn_of_remark()
+    if warn and (remark := source.remark()):
+        _log.warning("%s", remark)
     split_progress = None if progress is None else partial(progress, split)
     rows = make_rows(source, tokenizer, task, options, progress=split_progress)
     check_pairs(rows.summary, source)

@@ -169,10 +169,11 @@ class Task(Frozen):
         words = self.label_words
         if isinstance(self.labels, dict):
             return {_label_key(value): words.index(word) for value, word in self.labels.items()}
-        written = [
-            (text, index) for index, word in enumerate(words) for text in (word, word.strip())
-        ]
-        lookup = {_label_key(text): index for text, index in written}
+        lookup = {
+            _label_key(text): index
+            for index, word in enumerate(words)
+            for text in (word, word.strip())
+        }
         return lookup | {_label_key(index): index for index in range(len(words))}
 
     def label_index(self, value: Any) -> int | None:
@@ -270,11 +271,9 @@ def _rendered(task: Task, values: Mapping[str, Any], place: str) -> Rendered:
         return Rendered(prompt, words, at, words[at], references or right, names)
     words, label = task.label_words, task.label_index(values["label"])
     if label is None:
-        rule, got = (
-            f"label must be one that task {task.name!r} declares",
-            f"{values['label']!r:.60}",
-        )
-        raise bad_row(rule, got, place, f"declared: {', '.join(task.label_values)}")
+        rule = f"label must be one that task {task.name!r} declares"
+        remedy = f"declared: {', '.join(task.label_values)}"
+        raise bad_row(rule, f"{values['label']!r:.60}", place, remedy)
     names = tuple(map(str.strip, words))
     return Rendered(prompt, words, label, words[label], references or (names[label],), names)
 
