@@ -128,6 +128,7 @@ REFUSED = {
     "export run --to merged --output used": ("`output` must be a new or empty directory",),
     "export run --to adapter --output run": ("`output` must be a new or empty directory",),
     "export run@nope --to merged --output o": ("a stage must be one of main",),
+    "report run@nope": ("a stage must be one of main",),
     "export run --to adapter --output .": ("must not be the current folder", "from above"),
     "verify base": ("a file must be read", "lineage.json"),
     "redo run": ("Nothing to redo",),
