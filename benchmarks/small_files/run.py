@@ -31,7 +31,7 @@ SHOP = json.loads(files("chainlora.cli").joinpath("shop.json").read_text("utf-8"
 
 def _facts(count: int, asked: int) -> tuple[Pairs, Pairs]:
     """Return two trained questions of each fact, and a third one of some."""
-    facts = [pair for month in year.facts(4)[:4] for pair in month][:count]
+    facts = [pair for month in year.facts(5) for pair in month][:count]
 
     def pairs(*questions: str) -> Pairs:
         return [(q.format(months.thing_in(p)), a.strip()) for p, a in facts for q in questions]
@@ -60,7 +60,9 @@ FILES = {
     "facts 20": lambda: _facts(10, 10),
     "times": _times,
     "facts 160": lambda: _facts(80, 20),
+    "facts 200": lambda: _facts(100, 20),
 }
+FIRST = [*FILES][:4]
 
 
 def row(form: str, question: str, answer: str) -> dict[str, Any]:
@@ -77,12 +79,14 @@ def write(path: Path, form: str, pairs: Pairs) -> str:
 
 
 def cells(best: str | None) -> Iterator[dict[str, Any]]:
-    """Yield the settings of the first comparison, then, with the best form, of the second."""
+    """Yield the settings of the first comparison and, with the best form, of the other two."""
     for name, form in product(("shop", "facts 20"), ("joined", "line break", "chat")):
         yield {"file": name, "form": form, "steps": 80, "rate": 1e-3}
-    for name, steps, rate in product(FILES, (None, 40, 80, 160), (1e-3, 2e-3)) if best else ():
+    for name, steps, rate in product(FIRST, (None, 40, 80, 160), (1e-3, 2e-3)) if best else ():
         form = "joined" if name == "times" else best
         yield {"file": name, "form": form, "steps": steps, "rate": rate}
+    for steps, rate in ((250, 1e-3), (400, 1e-3), (160, 1e-3), (160, 2e-3)) if best else ():
+        yield {"file": "facts 200", "form": best, "steps": steps, "rate": rate}
 
 
 def compute(cell: dict[str, Any], work: Path) -> dict[str, Any]:
