@@ -67,6 +67,8 @@ def test_two_files_become_a_run_of_two_stages(tiny_folder, chainlora, caplog):
         assert length in caplog.text
         assert "does not inherit" not in caplog.text
     assert chain_of(run, "february")["epochs"] == [4]
+    assert chainlora("extend", run, rows("march.jsonl", 200), "--dry-run").status == 0
+    assert "march: rank 8 on all linear layers, 10 epochs" in caplog.text
     assert open_run(run).stages == ["January-2026", "february"]
     before = history_of(run)
     caplog.clear()

@@ -38,8 +38,10 @@ from chainlora.training.refusing import StagePlan, check_due, naming, need_besid
 
 logger = logging.getLogger(__name__)
 
-# The default length of a link: at least as many steps of 8 rows as benchmarks/small_files chose.
+# The default length of a link: at least as many steps of 8 rows as benchmarks/small_files chose,
+# and for few rows as many epochs.
 STEPS, STEP_ROWS = 160, 8
+FEW_ROWS, FEW_EPOCHS = 200, 10
 
 
 def make_plan(
@@ -258,9 +260,10 @@ def _with_length(stage: Stage, begun: OpenState | None) -> Stage:
 
 
 def default_epochs(data: DataConfig) -> float:
-    """Return the epochs of a link without a length: one, or as many as `STEPS` steps need."""
+    """Return the epochs of a link without a length: one, or as many as the constants above say."""
     rows = rows_of_an_epoch(data, STEPS * STEP_ROWS)
-    return float(ceil(STEPS / ceil(rows / STEP_ROWS)))
+    epochs = ceil(STEPS / ceil(rows / STEP_ROWS))
+    return float(max(epochs, FEW_EPOCHS) if rows <= FEW_ROWS else epochs)
 
 
 def _tell_length(name: str, config: RunConfig) -> None:
