@@ -2,6 +2,7 @@
 
 One line a cell: right answers, perplexity of other texts divided by the base's, and costs. Below
 them, of tuning, the protected and the best setting of each arm; of the verdict, the comparisons.
+`--draw FILE` draws the frontier of the tuning cells, right answers over perplexity.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import run
 import yaml
 
 from chainlora_lab.statistics.intervals import t_interval
+from chainlora_pages import charts
 
 
 def report(study: run.Study, phase: str) -> Iterator[str]:
@@ -31,6 +34,39 @@ def report(study: run.Study, phase: str) -> Iterator[str]:
         of_arm = [c for c in cells if c["arm"] == arm and c["seed"] in bases and c["outside"]]
         for point, cell in study.choose(of_arm).items() if of_arm and arm != "base" else ():
             yield f"{arm}, {point} of {len(of_arm)}: {json.dumps(cell['settings'])}"
+
+
+# --- the frontier ---
+
+DRAWN = {"ours": ("C0", "o"), "replay": ("C1", "s"), "all at once": ("C2", "^")}
+WITH = {"none": "without general rows", "text": "general rows by text", "kl": "by KL"}
+
+
+def draw(study: run.Study, path: Path) -> None:
+    """Draw right answers of tuning cells over their perplexity of other texts."""
+    cells = [cell for cell in study.cells.values() if cell["phase"] == "tuning"]
+    bases = {cell["seed"]: cell for cell in cells if cell["arm"] == "base"}
+
+    def fill(figure: Any) -> None:
+        axes = figure.subplots()
+        for arm, (colour, marker) in DRAWN.items():
+            of_arm = [c for c in cells if c["arm"] == arm and c["seed"] in bases]
+            for general in dict.fromkeys(c["settings"].get("general") for c in of_arm):
+                some = [c for c in of_arm if c["settings"].get("general") == general]
+                x = [run.outside(c, bases[c["seed"]]) for c in some]
+                y = [100 * run.mean_right(c) for c in some]
+                full = {"none": "none", "text": "left"}.get(general, "full")
+                label = f"{arm}, {WITH[general]}" if general else arm
+                keys = {"color": colour, "marker": marker, "fillstyle": full, "label": label}
+                axes.plot(x, y, linestyle="none", **keys)
+        axes.axvline(study.plan["bound"], color="0.6", linewidth=0.8, linestyle=":")
+        axes.set(xscale="log", xlabel="perplexity of other texts / the base's")
+        axes.set_ylabel("right answers, %")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
+        charts.legend_above(axes)
+
+    charts.save(fill, (6.4, 4.4), path)
 
 
 # --- the verdict ---
@@ -115,10 +151,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--phase", default="tuning")
     parser.add_argument("--results", type=Path, default=run.HERE / "results.jsonl")
+    parser.add_argument("--draw", type=Path, help="a PNG or SVG file")
     options = parser.parse_args()
     plan = yaml.safe_load((run.HERE / "plan.yaml").read_text())
     study = run.Study(plan, Path(), Path(), options.results)
     print(*report(study, options.phase), sep="\n")
+    if options.draw:
+        draw(study, options.draw)
     if options.phase == "verdict":
         print(*comparisons(study), sep="\n")
 

@@ -80,16 +80,19 @@ def test_an_arm_makes_a_cell_that_is_not_computed_again(
     assert cell_of(again, arm, some) == json.loads(json.dumps(cell))
 
 
-def test_the_table_has_a_line_for_each_cell(run: Any, study: Any) -> None:
+def test_the_table_has_a_line_for_each_cell(run: Any, study: Any, tmp_path: Path) -> None:
     for some in ({"steps": 0}, {"steps": 3}):
         cell_of(study, "ours", some)
     study.choose([cell_of(study, "base", {})])
     fresh = run.Study(study.plan, Path(), Path(), study.results)
-    lines = [*importlib.import_module("table").report(fresh, "tuning")]
+    table = importlib.import_module("table")
+    lines = [*table.report(fresh, "tuning")]
     assert sum(line.startswith("| ours | 5000 |") for line in lines) >= 2
     (base,) = (line for line in lines if line.startswith("| base "))
     assert "| 1.000 | 1.00, 1.00, 1.00 |" in base
     assert any(line.startswith("ours, protected of ") for line in lines)
+    table.draw(fresh, tmp_path / "frontier.png")
+    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_comparison_weighs_kinds_equally_and_gives_both_intervals(run: Any) -> None:
