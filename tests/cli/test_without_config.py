@@ -169,8 +169,15 @@ def test_a_stage_has_the_name_of_its_rows(path, name):
     assert name_of_rows(path) == name
 
 
-def test_a_stage_of_equal_rows_is_said_to_take_as_long_as_the_one_before(january):
-    """Twelve rows are a batch of eight and one of four: two batches of eight were counted."""
+@pytest.mark.parametrize("start", ["", "the same words before each row of the file, read once, "])
+def test_a_stage_of_equal_rows_is_said_to_take_as_long_as_the_one_before(
+    tiny_folder, chainlora, start
+):
+    """Twelve rows are a batch of eight and one of four: two batches of eight were counted. Words
+    that all rows begin with, as those of a chat template, were counted once for each row."""
+    pairs = [{"prompt": f"{start}row {k}", "completion": f" good {k % 3}"} for k in range(12)]
+    chainlora("train", write_rows(Path("january.jsonl"), pairs), "--model", tiny_folder)
+    january = Path("runs/january")
     seen, before = [], json.loads((stage_dir(january, "january") / "result.json").read_text())
     stage = {"name": "again", "data": {"train": "january.jsonl"}, "chain": {"epochs": [80]}}
     extend(january, stage, listener=seen.append)

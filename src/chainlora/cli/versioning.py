@@ -334,7 +334,7 @@ def _lines(run: str, planned: Update) -> Iterator[str]:
     for name in planned.again:
         yield f"{name}: stands on it, and is trained again from its own rows"
     if planned.changed and planned.minutes is not None:
-        yield f"about {planned.minutes:.1f} minutes of training; then all are combined"
+        yield f"about {planned.minutes:.1f} minutes of training"
     for name, why in planned.missing.items():
         yield f"{name}: not looked at ({why})"
     if planned.missing:

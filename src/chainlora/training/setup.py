@@ -325,7 +325,10 @@ def _estimate(run: Run, speed: float | None, work_after: float) -> float | None:
     steps = run.batches.steps_per_epoch  # the last step of an epoch may have fewer rows
     first, last = (sum(map(len, run.batches.batches(step))) for step in (0, steps - 1))
     rows = run.batches.num_steps * (first + (last - first) / steps)
-    return (rows * float(run.batches.row_lengths.mean()) + work_after) / speed
+    batch, lengths = run.batches.batches(0)[0], run.batches.row_lengths
+    packed = run.objective.collate(run.engine, [run.splits.train[row] for row in batch])
+    share = sum(some.num_tokens for some in packed) / lengths[batch].sum()  # prefixes count once
+    return (rows * float(lengths.mean() * share) + work_after) / speed
 
 
 def _evaluations(run: Run) -> list[int]:
