@@ -167,6 +167,17 @@ ADJUSTMENTS: dict[str, dict[str, Any]] = {
         "swa_v_head_dim": 8,
     },
     **_each({"layer_types": _WINDOWED}, "gemma3_text kolibri1 laguna mellum"),
+    "kolibri1_1": {  # its check asks for heads of 16, and for heads of the index within a group
+        "head_dim": 16,
+        "layer_types": ["sliding_attention", "indexed_attention"] * 2,
+        "index_num_heads": 2,
+        "index_pool_size": THRESHOLD,
+        "index_compression": 4,
+        "index_num_local_tokens": 8,
+        "index_num_sink_tokens": 2,
+        "mlp_only_layers": [0],
+        "mlp_only_intermediate_size": 64,
+    },
     "gemma3n_text": {
         "layer_types": _WINDOWED,
         "num_kv_shared_layers": 2,
