@@ -17,7 +17,10 @@ import year
 
 MINUTES = 24 * 60
 POLAR = ("yelp", "amazon")
-FACTS = {"facts a": slice(0, 2), "facts b": slice(2, 4)}  # months of 20 facts
+MONTHS = 12  # of 20 facts
+FACTS = {"facts a": slice(0, 2), "facts b": slice(2, 4)} | {
+    f"month {place + 1}": slice(place, place + 1) for place in range(MONTHS)
+}
 GOOD = {"very negative": "Bad", "negative": "Bad", "positive": "Good", "very positive": "Good"}
 WORDS = {task: word for task, (word, _) in field.ASKED.items()} | {
     **{"subj": "Style", "trec": "Kind of answer", "times": "In 24 hours"}
@@ -72,7 +75,7 @@ def _time(minute: int) -> field.Row:
 
 def _facts(task: str, seed: int) -> dict[str, Rows]:
     """Return two questions of each fact to learn, and a third one to ask."""
-    pairs = [pair for month in year.facts(4, seed)[FACTS[task]] for pair in month]
+    pairs = [pair for month in year.facts(MONTHS, seed)[FACTS[task]] for pair in month]
 
     def rows(*questions: str) -> Rows:
         return [

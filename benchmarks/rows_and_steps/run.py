@@ -133,15 +133,30 @@ class Study:
                 if cell["right"][task] - cell["most"][task] >= 0.15 - 1e-9:
                     break
 
-    def verdict(self, arm: str, seed: int, kept: int) -> None:
+    def verdict(self, phase: str, arm: str, seed: int, kept: int) -> None:
         """Compute the points of an arm that the tuning seed has chosen: both, or the best one."""
-        seeds = self.plan["phases"]["tuning"]["seeds"]
-        chosen = self.choose(self.tuned(arm, seeds[0], changes=True))
+        self.tuned(arm, self.tuning_seed, changes=True)
         points = ("protected", "best") if arm in self.plan["both"] else ("best",)
-        settings = [chosen[point]["settings"] for point in points]
-        settings += [self.plan["arms"]["ours"]["defaults"]] if arm == "ours" else []
-        for each in settings:
-            self.cell("verdict", arm, seed, each, kept)
+        points += ("default",) if arm == "ours" else ()
+        for point in points:
+            self.cell(phase, arm, seed, self.settings(phase, arm, point), kept)
+
+    def settings(self, phase: str, arm: str, point: str) -> dict[str, Any]:
+        """Return the settings of an arm at a point of a verdict, chosen among its tuning cells."""
+        of_phase = self.plan["phases"][phase].get("settings", {}).get(arm, {})
+        defaults = self.plan["arms"][arm].get("defaults", {})
+        if point == "default" or not defaults:
+            return defaults | of_phase
+        return self.choose(self.tuning_cells(arm))[point]["settings"] | of_phase
+
+    def tuning_cells(self, arm: str) -> list[Cell]:
+        """Return the cells that the choice of an arm is made from, as far as they are there."""
+        named = ("tuning", arm, self.tuning_seed)
+        return [c for c in self.cells.values() if (c["phase"], c["arm"], c["seed"]) == named]
+
+    @property
+    def tuning_seed(self) -> int:
+        return self.plan["phases"]["tuning"]["seeds"][0]
 
 
 def multiplied(grid: Sequence[Mapping[str, Sequence[Any]]]) -> Iterator[dict[str, Any]]:
@@ -223,11 +238,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="the folder of data sets")
     parser.add_argument("--work", type=Path, required=True, help="what is trained")
-    parser.add_argument("--phase", choices=["tuning", "gate", "verdict"], required=True)
+    parser.add_argument("--phase", required=True, help="of plan.yaml")
     parser.add_argument("--arm", action="append", choices=[*ARMS], default=[])
     parser.add_argument("--seed", type=int, action="append", help="by default those of the phase")
     parser.add_argument("--changes", action="store_true", help="tuning: the changes too")
-    parser.add_argument("--kept", type=int, help="rows of a stage, in the verdict")
+    parser.add_argument("--kept", type=int, help="rows of a stage, in a verdict")
     parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -241,8 +256,8 @@ def main() -> None:
     for arm, seed in product(options.arm, seeds):
         if options.phase == "tuning":
             study.tuned(arm, seed, changes=options.changes)
-        elif options.phase == "verdict":
-            study.verdict(arm, seed, options.kept or plan["kept"])
+        elif options.phase != "gate":
+            study.verdict(options.phase, arm, seed, options.kept or plan["kept"])
 
 
 if __name__ == "__main__":

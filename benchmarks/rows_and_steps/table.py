@@ -1,7 +1,7 @@
 """What the cells came to: python benchmarks/rows_and_steps/table.py [--phase tuning]
 
 One line a cell: right answers, perplexity of other texts divided by the base's, and costs. Below
-them, of tuning, the protected and the best setting of each arm; of the verdict, the comparisons.
+them, of tuning, the protected and the best setting of each arm; of a verdict, the comparisons.
 `--draw FILE` draws the frontier of the tuning cells, right answers over perplexity.
 """
 
@@ -31,7 +31,7 @@ def report(study: run.Study, phase: str) -> Iterator[str]:
     for cell in cells:
         yield row(cell, bases.get(cell["seed"]))
     for arm in dict.fromkeys(cell["arm"] for cell in cells if phase == "tuning"):
-        of_arm = [c for c in cells if c["arm"] == arm and c["seed"] in bases and c["outside"]]
+        of_arm = study.tuning_cells(arm)
         for point, cell in study.choose(of_arm).items() if of_arm and arm != "base" else ():
             yield f"{arm}, {point} of {len(of_arm)}: {json.dumps(cell['settings'])}"
 
@@ -79,30 +79,25 @@ COMPARISONS = {
 }
 
 
-def comparisons(study: run.Study) -> Iterator[str]:
+def comparisons(study: run.Study, phase: str) -> Iterator[str]:
     """Yield the differences, each with an interval over seeds and one over seeds and tasks."""
+    of_phase = study.plan["phases"][phase]
+    kinds = {phase: of_phase["tasks"]} if "tasks" in of_phase else study.plan["kinds"]
     for name, sides in COMPARISONS.items():
-        one, other = (verdict(study, *side) for side in sides)
+        one, other = (verdict(study, phase, *side) for side in sides)
         if seeds := sorted({*one} & {*other}):
             pairs = [(one[seed]["right"], other[seed]["right"]) for seed in seeds]
-            mean, over_seeds, over_both = compared(pairs, study.plan["kinds"])
-            kinds = [
-                f"[{100 * low:.1f}, {100 * high:.1f}]" for low, high in (over_seeds, over_both)
-            ]
+            mean, *both = compared(pairs, kinds)
+            intervals = [f"[{100 * low:.1f}, {100 * high:.1f}]" for low, high in both]
             less = " less ".join(" ".join(side) for side in sides)
-            yield f"{name}, {less}: {100 * mean:+.1f} {' '.join(kinds)} (seeds {seeds})"
+            yield f"{name}, {less}: {100 * mean:+.1f} {' '.join(intervals)} (seeds {seeds})"
 
 
-def verdict(study: run.Study, arm: str, point: str) -> dict[int, run.Cell]:
-    """Return the verdict cells of an arm at a point, by seed."""
-    of_arm = [
-        c for c in study.cells.values() if c["arm"] == arm and c["kept"] == study.plan["kept"]
-    ]
-    tuned = [cell for cell in of_arm if cell["phase"] == "tuning"]
-    settings = study.plan["arms"][arm].get("defaults", {})
-    if settings and point != "default" and tuned:
-        settings = study.choose(tuned)[point]["settings"]
-    found = (c for c in of_arm if (c["phase"], c["settings"]) == ("verdict", settings))
+def verdict(study: run.Study, phase: str, arm: str, point: str) -> dict[int, run.Cell]:
+    """Return the cells of a verdict of an arm at a point, by seed."""
+    named = (phase, arm, study.plan["kept"], study.settings(phase, arm, point))
+    keys = ("phase", "arm", "kept", "settings")
+    found = (c for c in study.cells.values() if tuple(map(c.get, keys)) == named)
     return {cell["seed"]: cell for cell in found}
 
 
@@ -158,8 +153,8 @@ def main() -> None:
     print(*report(study, options.phase), sep="\n")
     if options.draw:
         draw(study, options.draw)
-    if options.phase == "verdict":
-        print(*comparisons(study), sep="\n")
+    if options.phase not in ("tuning", "gate"):
+        print(*comparisons(study, options.phase), sep="\n")
 
 
 if __name__ == "__main__":

@@ -95,6 +95,37 @@ def test_the_table_has_a_line_for_each_cell(run: Any, study: Any, tmp_path: Path
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_verdict_compares_what_the_first_tuning_seed_chose(run: Any, study: Any) -> None:
+    """A repeated tuning seed chooses nothing; a phase has settings of its own."""
+    table, cells = importlib.import_module("table"), {}
+    plan = study.plan | {"phases": study.plan["phases"] | {"months": {
+        "tasks": TASKS, "seeds": [1], "settings": {"replay": {"replay": 1.0}}
+    }}}  # fmt: skip
+    defaults = {arm: plan["arms"][arm]["defaults"] for arm in ("ours", "replay")}
+    none: dict[str, Any] = {}
+
+    def add(phase: str, arm: str, seed: int, right: float, some: dict[str, Any] = none) -> None:
+        settings = defaults.get(arm, {}) | some
+        cell = {"phase": phase, "arm": arm, "seed": seed, "kept": KEPT, "settings": settings}
+        cell |= {"right": dict.fromkeys(TASKS, right), "outside": dict.fromkeys(run.TEXTS, 9.0)}
+        cells[run.key_of(cell)] = cell
+
+    add("tuning", "base", 5000, 0.1)
+    for steps, right in ((20, 0.5), (60, 0.7)):
+        add("tuning", "ours", 5000, right, {"steps": steps})
+        add("tuning", "ours", 5002, 1.2 - right, {"steps": steps})
+    add("tuning", "replay", 5000, 0.6, {"replay": 0.5})
+    for point in ({"steps": 20}, {"steps": 60}):
+        add("months", "ours", 1, 0.9 if point["steps"] == 60 else 0.2, point)
+    for share, right in ((0.5, 0.1), (1.0, 0.8)):
+        add("months", "replay", 1, right, {"replay": share})
+    made = run.Study(plan, Path(), Path(), Path("nowhere"))
+    made.cells = cells
+    primary, second = table.comparisons(made, "months")
+    assert primary.startswith("primary, ours protected less replay protected: +10.0 ")
+    assert second.startswith("second, ours best less replay best: +10.0 ")
+
+
 def test_a_comparison_weighs_kinds_equally_and_gives_both_intervals(run: Any) -> None:
     """Differences of 10 and 30 points in one kind, 0 in the other; then equal seeds and tasks."""
     table, kinds = importlib.import_module("table"), {"one": ["a", "b"], "two": ["c"]}
