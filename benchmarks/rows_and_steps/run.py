@@ -136,10 +136,13 @@ class Study:
     def verdict(self, phase: str, arm: str, seed: int, kept: int) -> None:
         """Compute the points of an arm that the tuning seed has chosen: both, or the best one."""
         self.tuned(arm, self.tuning_seed, changes=True)
-        points = ("protected", "best") if arm in self.plan["both"] else ("best",)
-        points += ("default",) if arm == "ours" else ()
-        for point in points:
+        for point in self.points(arm):
             self.cell(phase, arm, seed, self.settings(phase, arm, point), kept)
+
+    def points(self, arm: str) -> list[str]:
+        """Return the names of the settings at which an arm is judged."""
+        found = ["protected", "best"] if arm in self.plan["both"] else ["best"]
+        return [*found, *(["default"] if arm == "ours" else [])]
 
     def settings(self, phase: str, arm: str, point: str) -> dict[str, Any]:
         """Return the settings of an arm at a point of a verdict, chosen among its tuning cells."""

@@ -1,7 +1,8 @@
 """What the cells came to: python benchmarks/rows_and_steps/table.py [--phase tuning]
 
 One line a cell: right answers, perplexity of other texts divided by the base's, and costs. Below
-them, of tuning, the protected and the best setting of each arm; of a verdict, the comparisons.
+them, of tuning, the protected and the best setting of each arm; of a verdict, a line for each arm,
+means over seeds with intervals of 95 % over them, and the comparisons.
 `--draw FILE` draws the frontier of the tuning cells, right answers over perplexity.
 """
 
@@ -12,6 +13,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -69,7 +71,7 @@ def draw(study: run.Study, path: Path) -> None:
     charts.save(fill, (6.4, 4.4), path)
 
 
-# --- the verdict ---
+# --- a verdict ---
 
 COMPARISONS = {
     "primary": (("ours", "protected"), ("replay", "protected")),
@@ -79,12 +81,48 @@ COMPARISONS = {
 }
 
 
+def summary(study: run.Study, phase: str) -> Iterator[str]:
+    """Yield the lines of a table of arms, at the points that they are judged at."""
+    kinds = kinds_of(study, phase)
+    of_phase = [cell for cell in study.cells.values() if cell["phase"] == phase]
+    bases = {cell["seed"]: cell for cell in of_phase if cell["arm"] == "base"}
+    yield f"| arm | seeds | right | {' | '.join(kinds)} | outside | seconds | GB | rank |"
+    yield "|---" * (len(kinds) + 7) + "|"
+    keys = dict.fromkeys((cell["arm"], cell["kept"]) for cell in of_phase)
+    for arm, kept, point in ((*key, point) for key in keys for point in study.points(key[0])):
+        if cells := [*verdict(study, phase, arm, point, kept).values()]:
+            shares = [
+                [fmean(c["right"][t] for t in tasks) for c in cells] for tasks in kinds.values()
+            ]
+            right = [100 * fmean(of_seed) for of_seed in zip(*shares, strict=True)]
+            beside = [run.outside(c, bases[c["seed"]]) for c in cells if c["seed"] in bases]
+            costs = [fmean(cell[key] for cell in cells) for key in ("cpu_seconds", "memory_gb")]
+            values = [f"{arm}, {point}, {kept} kept", len(cells), interval(right, 1)]
+            values += [f"{100 * fmean(each):.1f}" for each in shares]
+            values += [interval(beside, 3) if cells[0]["outside"] else "–"]
+            values += [f"{costs[0]:.0f}", f"{costs[1]:.1f}", cells[0]["rank"]]
+            yield f"| {' | '.join(map(str, values))} |"
+
+
+def interval(values: Sequence[float], digits: int) -> str:
+    """Return the mean of some seeds and its interval, where there are two."""
+    if len(values) < 2:
+        return f"{fmean(values):.{digits}f}" if values else "–"
+    low, high = t_interval([*values])
+    return f"{fmean(values):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def kinds_of(study: run.Study, phase: str) -> dict[str, Sequence[str]]:
+    """Return the tasks of a verdict by kind; tasks of a phase's own are one kind."""
+    of_phase = study.plan["phases"][phase]
+    return {phase: of_phase["tasks"]} if "tasks" in of_phase else study.plan["kinds"]
+
+
 def comparisons(study: run.Study, phase: str) -> Iterator[str]:
     """Yield the differences, each with an interval over seeds and one over seeds and tasks."""
-    of_phase = study.plan["phases"][phase]
-    kinds = {phase: of_phase["tasks"]} if "tasks" in of_phase else study.plan["kinds"]
+    kinds = kinds_of(study, phase)
     for name, sides in COMPARISONS.items():
-        one, other = (verdict(study, phase, *side) for side in sides)
+        one, other = (verdict(study, phase, *side, study.plan["kept"]) for side in sides)
         if seeds := sorted({*one} & {*other}):
             pairs = [(one[seed]["right"], other[seed]["right"]) for seed in seeds]
             mean, *both = compared(pairs, kinds)
@@ -93,9 +131,9 @@ def comparisons(study: run.Study, phase: str) -> Iterator[str]:
             yield f"{name}, {less}: {100 * mean:+.1f} {' '.join(intervals)} (seeds {seeds})"
 
 
-def verdict(study: run.Study, phase: str, arm: str, point: str) -> dict[int, run.Cell]:
+def verdict(study: run.Study, phase: str, arm: str, point: str, kept: int) -> dict[int, run.Cell]:
     """Return the cells of a verdict of an arm at a point, by seed."""
-    named = (phase, arm, study.plan["kept"], study.settings(phase, arm, point))
+    named = (phase, arm, kept, study.settings(phase, arm, point))
     keys = ("phase", "arm", "kept", "settings")
     found = (c for c in study.cells.values() if tuple(map(c.get, keys)) == named)
     return {cell["seed"]: cell for cell in found}
@@ -154,6 +192,7 @@ def main() -> None:
     if options.draw:
         draw(study, options.draw)
     if options.phase not in ("tuning", "gate"):
+        print(*summary(study, options.phase), sep="\n")
         print(*comparisons(study, options.phase), sep="\n")
 
 

@@ -108,6 +108,7 @@ def test_a_verdict_compares_what_the_first_tuning_seed_chose(run: Any, study: An
         settings = defaults.get(arm, {}) | some
         cell = {"phase": phase, "arm": arm, "seed": seed, "kept": KEPT, "settings": settings}
         cell |= {"right": dict.fromkeys(TASKS, right), "outside": dict.fromkeys(run.TEXTS, 9.0)}
+        cell |= {"cpu_seconds": 5.0, "memory_gb": 2.0, "rank": 8}
         cells[run.key_of(cell)] = cell
 
     add("tuning", "base", 5000, 0.1)
@@ -124,6 +125,10 @@ def test_a_verdict_compares_what_the_first_tuning_seed_chose(run: Any, study: An
     primary, second = table.comparisons(made, "months")
     assert primary.startswith("primary, ours protected less replay protected: +10.0 ")
     assert second.startswith("second, ours best less replay best: +10.0 ")
+    add("months", "base", 1, 0.1)
+    head, _, *lines = table.summary(made, "months")
+    assert head == "| arm | seeds | right | months | outside | seconds | GB | rank |"
+    assert f"| ours, protected, {KEPT} kept | 1 | 90.0 | 90.0 | 1.000 | 5 | 2.0 | 8 |" in lines
 
 
 def test_a_comparison_weighs_kinds_equally_and_gives_both_intervals(run: Any) -> None:
