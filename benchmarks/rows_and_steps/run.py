@@ -100,13 +100,13 @@ class Study:
 
         defaults = of_arm.get("defaults", {})
         cells = [run(defaults | some) for some in multiplied(of_arm.get("grid", [{}]))]
-        for point in ("best", "protected") if defaults else ():
-            chosen = self.choose(cells)[point]["settings"]
-            cells += [run(some) for some in beyond(cells, chosen, self.plan["most"])]
-        chosen = self.choose(cells)["protected"]["settings"] if defaults else {}
+        chosen = self.choose(cells) if defaults else {}
+        points = [beyond(cells, cell["settings"], self.plan["most"]) for cell in chosen.values()]
+        cells += [run(some) for of_point in points for some in of_point]
+        point = self.choose(cells)["protected"]["settings"] if defaults else {}
         for some in of_arm.get("changes", ()) if changes else ():
-            if "weight" not in some or chosen.get("general", "kl") == "kl":
-                cells.append(run(chosen | some))
+            if "weight" not in some or point.get("general", "kl") == "kl":
+                cells.append(run(point | some))
         return [*{key_of(cell): cell for cell in cells}.values()]
 
     def choose(self, cells: Sequence[Cell]) -> dict[str, Cell]:

@@ -42,7 +42,8 @@ class Runs(product.Runs):
     def alone(self, task: str, rows: Rows, seed: int, kept: int, times: int = 1) -> OpenState:
         """Return the run of one stage, without general rows; `times` multiplies its epochs."""
         data = self._data(kept) | {"train": str(self._file(seed, task, rows[task]))}
-        section = {"name": named(task), "data": data, "chain": self._chain(task, times=times)}
+        chain = self._chain(self.plan["rank"], self.plan["epochs"].get(task, 1) * times)
+        section = {"name": named(task), "data": data, "chain": chain}
         return self._trained(f"{seed}-{named(task)}-{kept}-{times}", [section], seed)
 
     def replay(self, rows: Rows, seed: int, kept: int, s: Mapping[str, Any]) -> OpenState:
@@ -52,7 +53,7 @@ class Runs(product.Runs):
         for task, own in rows.items():
             data = self._data(kept) | {"train": str(self._file(seed, task, own))}
             data |= {"replay": s["replay"]} if sections or s["general"] != "none" else {}
-            chain = self._chain(task, s["rank"], s["epochs"])
+            chain = self._chain(s["rank"], self._epochs(task, own, s["epochs"]))
             section = {"name": named(task), "data": data, "chain": chain}
             sections.append(section | ({"beside": False} if sections else {}))
         return self._trained(_name(f"{seed}-{kept}-replay", s), sections, seed, s)
@@ -60,23 +61,27 @@ class Runs(product.Runs):
     def at_once(self, rows: Rows, seed: int, s: Mapping[str, Any]) -> OpenState:
         """Return the run of one stage on the rows of all tasks; a row is read as often as its own
         stage reads it."""
-        lengths = {task: self.plan["epochs"].get(task, 1) * s["epochs"] for task in rows}
+        lengths = {task: self._epochs(task, own, s["epochs"]) for task, own in rows.items()}
         files = [
             {"path": str(self._file(seed, task, own)), "weight": float(lengths[task])}
             for task, own in rows.items()
         ]
         data = self._data(True) | {"train": files}
         data |= {"replay": s["replay"]} if s["general"] != "none" else {}
-        chain = self._chain("", self.plan["rank"] * len(rows))
+        chain = self._chain(self.plan["rank"] * len(rows), 1)
         sections = [{"name": "all", "data": data, "chain": chain}]
         return self._trained(_name(f"{seed}-all", s), sections, seed, s)
 
     def _data(self, kept: bool | int) -> dict[str, Any]:
         return {"task": str(FIELD / "field.yaml"), "keep_rows": kept}
 
-    def _chain(self, task: str, rank: int | None = None, times: int = 1) -> dict[str, Any]:
-        rank = rank or self.plan["rank"]
-        epochs = self.plan["epochs"].get(task, 1) * times
+    def _epochs(self, task: str, rows: Sequence[Mapping[str, str]], times: int) -> int:
+        """Return the epochs of a stage times a factor, within the plan's steps of a stage."""
+        own = self.plan["epochs"].get(task, 1)
+        most = self.plan["longest"] * self.plan["train"]["batch_size"] // len(rows)
+        return min(own * times, max(own, most))
+
+    def _chain(self, rank: int, epochs: int) -> dict[str, Any]:
         return {"ranks": [rank], "alpha": 2.0 * rank, "epochs": [epochs]}
 
     def _trained(

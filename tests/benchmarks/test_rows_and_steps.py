@@ -95,6 +95,23 @@ def test_the_table_has_a_line_for_each_cell(run: Any, study: Any, tmp_path: Path
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_an_edge_adds_one_value_and_a_finished_grid_none(run: Any) -> None:
+    """More steps are better without end: a second run asks for no cell beyond the added one."""
+    plan = run.yaml.safe_load((STUDY / "plan.yaml").read_text())
+    study = run.Study(plan, Path(), Path(), Path("nowhere"))
+
+    def cell(phase: str, arm: str, seed: int, settings: dict[str, Any], kept: int) -> Any:
+        made = {"phase": phase, "arm": arm, "seed": seed, "kept": kept, "settings": settings}
+        made |= {"right": {"a": settings.get("steps", 0) / 1000}}
+        return made | {"outside": dict.fromkeys(run.TEXTS, 9.0)}
+
+    study.cell = cell
+    for _ in range(2):
+        cells = study.tuned("ours", 5000, changes=True)
+        assert max(each["settings"]["steps"] for each in cells) == 240
+        study.cells = {run.key_of(each): each for each in cells}
+
+
 def test_a_verdict_compares_what_the_first_tuning_seed_chose(run: Any, study: Any) -> None:
     """A repeated tuning seed chooses nothing; a phase has settings of its own."""
     table, cells = importlib.import_module("table"), {}
