@@ -23,7 +23,8 @@ def main() -> None:
         for cell in notebook.cells:  # log lines name paths of this machine
             if "outputs" in cell:
                 cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
-        nbformat.write(notebook, path)
+        text = nbformat.writes(notebook).replace(str(Path.home()), "~")
+        path.write_text(text + "\n")
 
 
 if __name__ == "__main__":

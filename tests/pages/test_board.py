@@ -270,7 +270,7 @@ def test_columns_are_recognised_by_their_names(tmp_path, head, fields):
 def test_messages_for_a_page_have_no_folders_and_options():
     for text, shown in (
         ("no run (got none in /srv/a/run); chainlora undo /a/b", "no run (got none in run)"),
-        ("a row is bad (got 3 at /tmp/x/b.csv line 3); correct it",
+        ("a row is bad (got 3 at /srv/x/b.csv line 3); correct it",
          "a row is bad (got 3 at b.csv line 3); correct it"),
         ("1 prompt changed; the newest counts (--keep-conflicts keeps both)",
          "1 prompt changed; the newest counts"),
